@@ -172,7 +172,10 @@ class ObjectiveTerms:
 class Objective(Protocol):
     """A pure function of log-probabilities."""
 
-    needs_reference: bool
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads ``RowBatch.reference_log_probs``."""
+        ...
 
     def units(self, batch: RowBatch) -> float:
         """Number of valid units (tokens, or pairs) in a micro-batch, known before its forward pass."""
