@@ -1,0 +1,8 @@
+"""Objectives: pure functions of per-token log-probabilities that return sums, one equation each."""
+
+from megatron_sip.objectives.config import ObjectiveConfig, build_judged_objective
+from megatron_sip.objectives.dpo import OnlineDPO
+from megatron_sip.objectives.next_token import NextToken
+from megatron_sip.objectives.nll import SuffixNLL
+
+__all__ = ["NextToken", "ObjectiveConfig", "OnlineDPO", "SuffixNLL", "build_judged_objective"]
