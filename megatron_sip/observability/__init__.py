@@ -1,0 +1,1 @@
+"""What a run tells its user: metrics, timers, console lines, recorded samples, alarms and the HTML report."""
