@@ -1,0 +1,29 @@
+"""Process groups, devices and the CPU platform."""
+
+from megatron_sip.distributed.config import ParallelConfig
+from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
+from megatron_sip.distributed.device import (
+    communication_backend,
+    device_memory_bytes,
+    memory_metrics,
+    pin,
+    release_cached_memory,
+    select_device,
+    synchronize,
+)
+from megatron_sip.distributed.platform import install_cpu_platform
+
+__all__ = [
+    "HostGroups",
+    "ParallelConfig",
+    "ParallelContext",
+    "communication_backend",
+    "device_memory_bytes",
+    "initialize",
+    "install_cpu_platform",
+    "memory_metrics",
+    "pin",
+    "release_cached_memory",
+    "select_device",
+    "synchronize",
+]

@@ -1,0 +1,63 @@
+"""The device layer: the one place of the package that calls ``torch.cuda``."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+
+def select_device(local_rank: int) -> torch.device:
+    """The device of this rank: CUDA device ``local_rank`` of the node, or the CPU where there is no CUDA."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def communication_backend(device: torch.device) -> str:
+    """Name of the torch.distributed backend that moves this device's tensors."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until everything queued on the device has run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Gives unused blocks of the allocator back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def pin(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor in page-locked memory, from which copies to ``device`` run in the background; on CPU itself."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Memory under Megatron's TensorBoard names, in bytes (``mem-allocated-count``: in blocks).
+
+    On CPU only the largest resident size of the process is known, as ``mem-max-allocated-bytes``.
+    """
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        return {
+            "mem-reserved-bytes": float(stats["reserved_bytes.all.current"]),
+            "mem-allocated-bytes": float(stats["allocated_bytes.all.current"]),
+            "mem-max-allocated-bytes": float(stats["allocated_bytes.all.peak"]),
+            "mem-allocated-count": float(stats["allocation.all.current"]),
+        }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes.
+    return {"mem-max-allocated-bytes": float(peak if sys.platform == "darwin" else peak * 1024)}
+
+
+def device_memory_bytes(device: torch.device) -> int | None:
+    """Memory of the device in bytes, or None on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return None
