@@ -8,9 +8,9 @@ Shape legend
     S  row length, P + C * T          L  scored positions of a row: C * T (SIP rows) or S (next-token rows)
     N  suffix length in tokens        h, g, d  attention heads, key-value groups, head width
 
-A row is ``[prefix block | candidate block 1 | ... | candidate block C]``. Within its block a prefix and a candidate stand
-at the left and are padded at the right. Each candidate attends to its row's prefix and to itself; its positions go
-on from the prefix's true length. A next-token row is a prefix block alone (C = 0).
+A row is ``[prefix block | candidate block 1 | ... | candidate block C]``. Within its block a prefix and a candidate
+stand at the left and are padded at the right. Each candidate attends to its row's prefix and to itself; its positions
+go on from the prefix's true length. A next-token row is a prefix block alone (C = 0).
 """
 
 from __future__ import annotations
