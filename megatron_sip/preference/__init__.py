@@ -1,0 +1,28 @@
+"""Judgments -> preferences -> micro-batches of shared-prefix rows, and their statistics."""
+
+from megatron_sip.preference.config import PreferenceConfig
+from megatron_sip.preference.rows import (
+    Row,
+    RowShape,
+    build_rows,
+    candidate_rows,
+    chosen_rows,
+    group_rows,
+    pair_rows,
+)
+from megatron_sip.preference.select import select
+from megatron_sip.preference.stats import preference_metrics, preference_sums
+
+__all__ = [
+    "PreferenceConfig",
+    "Row",
+    "RowShape",
+    "build_rows",
+    "candidate_rows",
+    "chosen_rows",
+    "group_rows",
+    "pair_rows",
+    "preference_metrics",
+    "preference_sums",
+    "select",
+]
