@@ -1,0 +1,68 @@
+"""One interface over every tokenizer library.
+
+Text never turns into a control token: a document that spells ``</s>`` is not cut in two by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenArray = NDArray[np.integer]
+
+_ANCHOR = "\n"
+"""Stands before a continuation while it is encoded, so that no library takes it for the start of a text."""
+
+
+def vocabulary_fingerprint(pieces: Iterable[bytes], eod_id: int) -> str:
+    """A stable hash of what each id stands for: equal if and only if stored ids mean the same text."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(4, "little"))
+        digest.update(piece)
+    digest.update(f"eod={eod_id}".encode())
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    """Number of ids, without padding of the embedding; every id is below it."""
+    eod_id: int
+    """The id that ends a document."""
+    fingerprint: str
+    """Hash of the vocabulary, stored beside corpora and checkpoints."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a whole document, without end-of-document."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
+        """Ids of several documents, each as an integer array, by the library's fastest way."""
+        return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int] | TokenArray) -> str:
+        """Text of a sequence of ids. Control tokens give no text; broken UTF-8 gives U+FFFD."""
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that goes on from other text: without the blank or begin token some libraries put first."""
+        anchor = self.encode(_ANCHOR)
+        joined = self.encode(_ANCHOR + text)
+        return joined[len(anchor) :] if joined[: len(anchor)] == anchor else self.encode(text)
+
+    def decode_continuation(
+        self, context: Sequence[int] | TokenArray, tokens: Sequence[int] | TokenArray, num_context_tokens: int = 8
+    ) -> str:
+        """Text of ``tokens`` as it reads after ``context``: keeps the blank that decoding alone would drop."""
+        tail = [int(token) for token in context[-num_context_tokens:]]
+        if not tail:
+            return self.decode(tokens)
+        head = self.decode(tail)
+        whole = self.decode(tail + [int(token) for token in tokens])
+        return whole[len(head) :] if whole.startswith(head) else self.decode(tokens)
