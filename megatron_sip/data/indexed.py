@@ -115,7 +115,7 @@ class IndexedWriter:
     def close(self, meta: CorpusMeta) -> None:
         """Make the corpus visible. The ``.idx`` comes last: without it no reader opens the rest."""
         bin_partial, idx_partial, meta_partial = self._partials
-        self._guarded(lambda: (self._bin.flush(), os.fsync(self._bin.fileno())))
+        self._guarded(self._sync_bin)
         self._bin.close()
         self._guarded(lambda: self._write_index(idx_partial))
         text = json.dumps(asdict(meta), indent=1) + "\n"
@@ -144,6 +144,10 @@ class IndexedWriter:
         elif not self._bin.closed:
             self.discard()
             raise RuntimeError("IndexedWriter left without close(meta)")
+
+    def _sync_bin(self) -> None:
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
 
     def _write_index(self, path: Path) -> None:
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sip.errors import DataError
+from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer.base import TokenArray, Tokenizer, vocabulary_fingerprint
 
 
@@ -60,8 +60,10 @@ class HuggingFaceTokenizer(Tokenizer):
     """Any ``transformers`` tokenizer. Special tokens it adds to a document (such as Llama's begin token) are kept."""
 
     def __init__(self, model: str) -> None:
-        import transformers
-
+        try:
+            import transformers
+        except ImportError as error:
+            raise ConfigurationError("--tokenizer-type HuggingFaceTokenizer: pip install transformers") from error
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(model, split_special_tokens=True)
         except (OSError, ValueError) as error:
@@ -118,8 +120,10 @@ class TikTokenizer(Tokenizer):
         special_tokens: Sequence[str] | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        import tiktoken
-
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ConfigurationError("--tokenizer-type TikTokenizer: pip install tiktoken") from error
         path = _require_file(model, "tiktoken vocabulary (.json or .tiktoken)")
         named = list(special_tokens or _TIKTOKEN_SPECIALS)
         if len(set(named)) != len(named) or len(named) > num_special_tokens:

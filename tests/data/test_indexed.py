@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from tests.data.corpora import write_corpus
 
 from megatron_sip.data.indexed import IndexedWriter, open_indexed, token_dtype
 from megatron_sip.errors import DataError
+from tests.data.corpora import write_corpus
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(100, 140)), [0, 999]]
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.data.corpora import numbered_documents, write_corpus
 
 from megatron_sip.data.batches import next_token_batches
 from megatron_sip.data.build import build_loader, open_corpora
@@ -17,6 +16,7 @@ from megatron_sip.data.loader import SampleLoader
 from megatron_sip.data.samples import Window
 from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from tests.data.corpora import numbered_documents, write_corpus
 
 CONFIG = DataConfig(seq_length=16, suffix_length=4, min_prefix_length=4)
 
@@ -53,7 +53,7 @@ def test_the_union_over_ranks_is_the_global_slice_at_every_dp_size(tmp_path: Pat
                 for count in (12, 9)
                 for rank, loader in enumerate(loaders)
             ]
-            assert sum(parts, []) == expected
+            assert [sample for part in parts for sample in part] == expected
             assert all(len(part) == 12 // dp_size for part in parts[:dp_size])
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.corpora import numbered_documents, write_corpus
 
 from megatron_sip.data.indexed import IndexedCorpus, open_indexed
 from megatron_sip.data.order import BlendOrder, draw, permute
 from megatron_sip.data.samples import BlendedStream, NextTokenDataset, ShuffledStream, SuffixDataset
 from megatron_sip.errors import DataError
+from tests.data.corpora import numbered_documents, write_corpus
 
 LENGTHS = [3, 4, 7, 8, 12, 21, 1]
 
@@ -52,7 +52,12 @@ def test_min_prefix_and_min_suffix_length_decide_which_chunks_count(tmp_path: Pa
 
 def test_random_cuts_give_one_sample_per_long_document_anew_each_epoch(tmp_path: Path) -> None:
     dataset = SuffixDataset(
-        [corpus_of(tmp_path, LENGTHS)], suffix_length=4, max_prefix_length=100, min_prefix_length=3, cut="random", seed=1
+        [corpus_of(tmp_path, LENGTHS)],
+        suffix_length=4,
+        max_prefix_length=100,
+        min_prefix_length=3,
+        cut="random",
+        seed=1,
     )
     stream = ShuffledStream(dataset, seed=1)
     cuts: Counter[int] = Counter()
