@@ -1,0 +1,208 @@
+"""Which scalars stand together in which chart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from html import escape
+
+from megatron_sip.observability.metrics import CONSUMED_SAMPLES
+from megatron_sip.observability.report.series import Phase, Series, smooth, thin
+from megatron_sip.observability.report.svg import (
+    LEFT,
+    MAX_POINTS,
+    RIGHT,
+    Chart,
+    Line,
+    format_number,
+    render,
+    value_range,
+)
+
+NUM_COLORS = 8
+_KIND_COLORS = {"suffix": 0, "rewrite": 1, "rollout": 2}
+
+
+@dataclass(frozen=True)
+class ChartSpec:
+    """A chart of all scalars whose names match one of ``patterns``, in the order of the patterns."""
+
+    title: str
+    patterns: tuple[str, ...]
+    note: str = ""
+    y_range: tuple[float, float] | None = None
+    percent: bool = False
+    smooth: bool = True
+    stacked: bool = False
+    wide: bool = False
+    cut_start: bool = False
+    """Let the first tenth of the steps leave the frame at the top, so that the rest is not flat."""
+    alarm_limits: tuple[tuple[str, str], ...] = ()
+    """(label, option of the alarms whose value is drawn as a dashed line)."""
+
+
+CHARTS = (
+    ChartSpec(
+        "Which candidate is chosen",
+        ("sip/chosen_rate/*",),
+        "Share of the judged prefixes whose best candidate is the suffix, the rewrite or a rollout (Figure 8 of the "
+        "paper); ties are left out.",
+        y_range=(0.0, 1.0),
+        percent=True,
+        wide=True,
+    ),
+    ChartSpec(
+        "Loss",
+        ("lm loss", "lm loss validation"),
+        "Next-token loss in nats per token; the start is cut off.",
+        wide=True,
+        cut_start=True,
+    ),
+    ChartSpec("Losses of the objectives", ("* loss", "loss/*", "loss"), "As each objective defines it."),
+    ChartSpec("Judge's scores", ("sip/reward/*_mean", "sip/reward/*"), "Mean and spread over all candidates."),
+    ChartSpec("Which candidate is rejected", ("sip/rejected_rate/*",), y_range=(0.0, 1.0), percent=True),
+    ChartSpec(
+        "DPO rewards",
+        ("rewards/margins", "rewards/chosen", "rewards/rejected"),
+        "β times the log-ratio to the reference, nats.",
+    ),
+    ChartSpec("DPO accuracy", ("rewards/accuracies",), "Pairs with a positive margin.", (0.0, 1.0), percent=True),
+    ChartSpec("Log-probs of chosen and rejected", ("logps/*",), "Sum over a continuation, nats."),
+    ChartSpec(
+        "Guards of the rollouts",
+        (
+            "rollout/distinct_2",
+            "rollout/repetition",
+            "rollout/max_token_share",
+            "rollout/shared_trigrams",
+        ),
+        "Signs of a policy that hacks its judge; dashed: limits of the alarms.",
+        percent=True,
+        alarm_limits=(
+            ("distinct-2 at least", "alarm_min_distinct_2"),
+            ("one token at most", "alarm_max_token_share"),
+            ("repetition at most", "alarm_max_repetition"),
+            ("shared at most", "alarm_max_shared_trigrams"),
+        ),
+    ),
+    ChartSpec("Entropy and distance to the reference", ("policy/entropy", "policy/kl*"), "Nats per token."),
+    ChartSpec("Length of the rollouts", ("rollout/length",), "Tokens."),
+    ChartSpec("Throughput", ("tokens_per_s", "rollout/tokens_per_s"), "Tokens per second, all ranks.", smooth=False),
+    ChartSpec("Device use", ("mfu",), "Model FLOP/s over the peak.", percent=True),
+    ChartSpec("Where a step's time goes", ("timing/*_s",), "Seconds per step.", stacked=True),
+    ChartSpec("Learning rate", ("learning-rate",), smooth=False),
+    ChartSpec("Gradient norm", ("grad-norm",), "Before clipping.", smooth=False),
+    ChartSpec("Curriculum", ("curriculum/*",), "Weights and sample counts of the streams.", smooth=False),
+    ChartSpec("Pairs that teach nothing", ("sip/pairs_skipped*", "sip/ties", "sip/missing"), "Ties, missing verdicts."),
+    ChartSpec("Judge: waiting and latency", ("judge/*_s",), "Seconds."),
+    ChartSpec("Judge: failures and flips", ("judge/*_rate",), y_range=(0.0, 1.0), percent=True),
+    ChartSpec("Judge: calls", ("judge/calls", "judge/comparisons_per_prompt"), "Per step."),
+    ChartSpec("Rewriter", ("rewriter/*",), y_range=(0.0, 1.0), percent=True),
+    ChartSpec("Staleness", ("policy/staleness_steps",), "Steps between sampling and training."),
+    ChartSpec("Memory", ("mem-*",), "Bytes."),
+)
+_NOT_SHOWN = {CONSUMED_SAMPLES}
+
+
+def chart_figures(
+    series: Mapping[str, Series], phases: Sequence[Phase], last_step: int, limits: Mapping[str, object]
+) -> tuple[list[str], list[str]]:
+    """HTML of the charts that have data, and of one small chart for each scalar that none of them shows."""
+    left = dict(series)
+    figures = []
+    for spec in CHARTS:
+        names = _matching(spec.patterns, left)
+        chosen = [left.pop(name) for name in names]
+        if chosen:
+            figures.append(_figure(spec, chosen, phases, last_step, limits))
+    others = [
+        _figure(ChartSpec(name, (name,)), [left[name]], phases, last_step, {})
+        for name in sorted(left)
+        if name not in _NOT_SHOWN
+    ]
+    return figures, others
+
+
+def _matching(patterns: Sequence[str], names: Mapping[str, object]) -> list[str]:
+    found: list[str] = []
+    for pattern in patterns:
+        found += [name for name in sorted(names, key=_kind_order) if fnmatchcase(name, pattern) and name not in found]
+    return found
+
+
+def _kind_order(name: str) -> tuple[int, str]:
+    return (_KIND_COLORS.get(name.rsplit("/", 1)[-1], len(_KIND_COLORS)), name)
+
+
+def _figure(
+    spec: ChartSpec, chosen: Sequence[Series], phases: Sequence[Phase], last_step: int, limits: Mapping[str, object]
+) -> str:
+    lines = []
+    for index, series in enumerate(chosen):
+        kind = series.name.rsplit("/", 1)[-1]
+        color = _KIND_COLORS.get(kind, index) % NUM_COLORS
+        window = max(1, len(series.values) // 20)
+        smoothed = spec.smooth and not spec.stacked and window > 1 and len(series.values) > 30
+        values = smooth(series.values, window) if smoothed else series.values
+        lines.append(Line(series.name, series.steps, values, color, series.values if smoothed else None))
+    drawn_limits = [
+        (f"{label} {format_number(value, spec.percent)}", float(value))
+        for label, option in spec.alarm_limits
+        if isinstance(value := limits.get(option), int | float)
+    ]
+    chart = Chart(
+        lines,
+        _step_range(chosen, last_step),
+        _range_after_start(lines, last_step) if spec.cut_start else spec.y_range,
+        phases,
+        drawn_limits,
+        spec.percent,
+        spec.stacked,
+        width=1204.0 if spec.wide else 590.0,
+        height=300.0 if spec.wide else 230.0,
+    )
+    legend = "".join(
+        f'<li><span class="swatch c{line.color}"></span>{escape(line.label)} '
+        f"<b>{format_number(float(line.values[-1]), spec.percent)}</b></li>"
+        for line in lines
+    )
+    note = f'<p class="note">{escape(spec.note)}</p>' if spec.note else ""
+    return (
+        f'<figure class="card{" wide" if spec.wide else ""}"><figcaption>{escape(spec.title)}</figcaption>{note}'
+        f'<ul class="legend">{legend}</ul><div class="plot">{render(chart)}</div>{_hover_data(chart)}</figure>'
+    )
+
+
+def _step_range(chosen: Sequence[Series], last_step: int) -> tuple[float, float]:
+    """From a little before the first value, as most scalars begin with a late phase, to the run's last step."""
+    last = max(float(last_step), 2.0)
+    first = min(float(series.steps[0]) for series in chosen)
+    return max(1.0, min(first, last - 1.0) - 0.06 * (last - first)), last
+
+
+def _range_after_start(lines: Sequence[Line], last_step: int) -> tuple[float, float] | None:
+    """What the values need after the first tenth of the steps; None if that leaves nothing."""
+    kept = [(line, line.steps > 0.1 * last_step) for line in lines]
+    rest = [Line(line.label, line.steps[mask], line.values[mask], line.color) for line, mask in kept if mask.any()]
+    return value_range(rest) if rest else None
+
+
+def _hover_data(chart: Chart) -> str:
+    """What the page's script shows under the pointer; without scripts the chart is complete but for this."""
+    series = []
+    for line in chart.lines:
+        steps, values = thin(line.steps, line.values, MAX_POINTS)
+        series.append(
+            {
+                "name": line.label,
+                "color": line.color,
+                "x": [round(float(step), 1) for step in steps],
+                "y": [format_number(float(value), chart.percent) for value in values],
+            }
+        )
+    data = {"x": chart.x_range, "left": LEFT, "right": RIGHT, "width": chart.width, "series": series}
+    # "<" is escaped so that no name can end the script element.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json">{text}</script>'
