@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sen
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, those that are installed."""
     versions = {"python": platform.python_version()}
-    installed = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
-    versions.update({name: metadata.version(name) for name in PACKAGES if name in installed})
+    for name in PACKAGES:
+        # Optional packages may be absent; that is all this passes over.
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return versions
 
 
