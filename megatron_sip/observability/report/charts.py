@@ -61,7 +61,15 @@ CHARTS = (
         cut_start=True,
     ),
     ChartSpec("Losses of the objectives", ("* loss", "loss/*", "loss"), "As each objective defines it."),
-    ChartSpec("Judge's scores", ("sip/reward/*_mean", "sip/reward/*"), "Mean and spread over all candidates."),
+    ChartSpec(
+        "Chosen on held-out prefixes",
+        ("probe/chosen_rate/*",),
+        "The probe that may trigger the rollout phase.",
+        y_range=(0.0, 1.0),
+        percent=True,
+    ),
+    ChartSpec("Judge's score by candidate", ("sip/score/*",), "Mean weighted total over the judged groups."),
+    ChartSpec("Judge's criteria", ("sip/reward/*_mean", "sip/reward/*"), "Mean and spread over all candidates."),
     ChartSpec("Which candidate is rejected", ("sip/rejected_rate/*",), y_range=(0.0, 1.0), percent=True),
     ChartSpec(
         "DPO rewards",
@@ -103,25 +111,22 @@ CHARTS = (
     ChartSpec("Staleness", ("policy/staleness_steps",), "Steps between sampling and training."),
     ChartSpec("Memory", ("mem-*",), "Bytes."),
 )
-_NOT_SHOWN = {CONSUMED_SAMPLES}
+_NOT_SHOWN = {CONSUMED_SAMPLES, "tokens", "skipped", "curriculum/phase"}
+"""Shown as tiles or as bands behind the curves."""
 
 
 def chart_figures(
     series: Mapping[str, Series], phases: Sequence[Phase], last_step: int, limits: Mapping[str, object]
 ) -> tuple[list[str], list[str]]:
     """HTML of the charts that have data, and of one small chart for each scalar that none of them shows."""
-    left = dict(series)
+    left = {name: values for name, values in series.items() if name not in _NOT_SHOWN}
     figures = []
     for spec in CHARTS:
         names = _matching(spec.patterns, left)
         chosen = [left.pop(name) for name in names]
         if chosen:
             figures.append(_figure(spec, chosen, phases, last_step, limits))
-    others = [
-        _figure(ChartSpec(name, (name,)), [left[name]], phases, last_step, {})
-        for name in sorted(left)
-        if name not in _NOT_SHOWN
-    ]
+    others = [_figure(ChartSpec(name, (name,)), [left[name]], phases, last_step, {}) for name in sorted(left)]
     return figures, others
 
 

@@ -98,7 +98,7 @@ def _tiles(record: RunRecord, series: Mapping[str, Series]) -> list[str]:
     if (seconds := series.get("iteration-time")) is not None:
         total = format_duration(float(seconds.values.sum()))
         tiles.append(_tile("Time in steps", total, f"median {np.median(seconds.values):.2f} s"))
-    if (skipped := series.get("skipped-iterations")) is not None:
+    if (skipped := series.get("skipped")) is not None:
         count = int(skipped.values.sum())
         tiles.append(_tile("Steps skipped", str(count), "NaN or Inf gradients", alert=count > 0))
     alarms = len(record.alarms())
@@ -112,8 +112,12 @@ def _tile(label: str, value: str, note: str, alert: bool = False) -> str:
 
 
 def _consumed(series: Mapping[str, Series]) -> str:
-    consumed = series.get(CONSUMED_SAMPLES)
-    return f"{int(consumed.last):,} samples" if consumed is not None else ""
+    parts = [
+        f"{int(series[name].last):,} {unit}"
+        for name, unit in ((CONSUMED_SAMPLES, "samples"), ("tokens", "tokens"))
+        if name in series
+    ]
+    return ", ".join(parts)
 
 
 def _alarms(record: RunRecord) -> str:
