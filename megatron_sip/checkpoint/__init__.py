@@ -1,0 +1,18 @@
+"""Checkpoints in Megatron-Core's format: atomic, resharding, asynchronous; signals that ask a run to stop."""
+
+from megatron_sip.checkpoint.config import CheckpointConfig
+from megatron_sip.checkpoint.identity import ModelIdentity
+from megatron_sip.checkpoint.manager import SHARDING, CheckpointManager, LoadedCheckpoint, StateBuilder
+from megatron_sip.checkpoint.signals import StopDecision, StopSignals, StopWatch
+
+__all__ = [
+    "SHARDING",
+    "CheckpointConfig",
+    "CheckpointManager",
+    "LoadedCheckpoint",
+    "ModelIdentity",
+    "StateBuilder",
+    "StopDecision",
+    "StopSignals",
+    "StopWatch",
+]

@@ -1,0 +1,62 @@
+"""What must agree between a checkpoint and the run that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.errors import CheckpointError
+
+Plain = int | float | str | bool | None
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Architecture and vocabulary of a model; a checkpoint carries it and a load compares it."""
+
+    vocab_size: int
+    """Real tokens, without padding: padding depends on the layout."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer's contents; "" if it is not known."""
+    architecture: Mapping[str, Plain] = field(default_factory=dict)
+    """Megatron-LM's names (num_layers, hidden_size, ...) and their values."""
+
+    def as_plain(self) -> dict[str, Any]:
+        """As dictionaries, for the checkpoint."""
+        return {**asdict(self), "architecture": dict(self.architecture)}
+
+
+def check_identity(directory: Path, common: Mapping[str, Any], expected: ModelIdentity) -> None:
+    """Compares what both sides know; a Megatron-LM checkpoint knows its ``args``.
+
+    Raises:
+        CheckpointError: one line with every difference, both values each.
+    """
+    found = _found(common)
+    differences = [
+        f"{name} is {found[name]!r} in it and {value!r} here"
+        for name, value in _flat(expected).items()
+        if name in found and value not in ("", None) and found[name] not in ("", None) and found[name] != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{directory} does not fit this run: {'; '.join(differences)}. "
+            "Give the options of the run that wrote it, or load another checkpoint."
+        )
+
+
+def _flat(identity: ModelIdentity) -> dict[str, Plain]:
+    return {**identity.architecture, "vocab_size": identity.vocab_size, "tokenizer": identity.tokenizer}
+
+
+def _found(common: Mapping[str, Any]) -> dict[str, Any]:
+    if "identity" in common:
+        return _flat(ModelIdentity(**common["identity"]))
+    if "args" in common:
+        found = vars(common["args"])
+        if not found.get("group_query_attention", True):  # its default number of groups then means nothing
+            found = {**found, "num_query_groups": found.get("num_attention_heads")}
+        return {name: value for name, value in found.items() if name != "tokenizer"}
+    return {}

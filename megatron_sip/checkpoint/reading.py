@@ -1,0 +1,182 @@
+"""Reads ``torch_dist`` checkpoints, ours and Megatron-LM's, and says what does not fit before anything is loaded.
+
+Megatron-Core itself fills a vocabulary of another size with zeros, and reports a missing tensor from deep in torch.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import load as load_from_storage
+
+from megatron_sip.checkpoint.writing import COMMON_STATE
+from megatron_sip.errors import CheckpointError
+
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    CheckpointingException,
+    CheckpointException,
+)
+"""What torch raises when it reads a file that is not what it should be."""
+
+_PREFIXES = ("", "model.", "module.", "module.model.")
+"""Before every key of a model, depending on the program that wrote it; Megatron-LM writes none."""
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """What a checkpoint's index says it holds."""
+
+    directory: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    objects: frozenset[str]
+    """Unique keys of the objects that are not tensors."""
+
+
+def read_common(directory: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is not sharded, from its own file or, since 0.17, from among the shards.
+
+    Raises:
+        CheckpointError: it is missing or cannot be read.
+    """
+    path = directory / COMMON_STATE
+    try:
+        if path.is_file():
+            return torch.load(path, map_location="cpu", weights_only=True)
+        key = ShardedObject("common_state", None, (1,), (0,)).unique_key
+        state: dict[str, Any] = {key: io.BytesIO()}
+        load_from_storage(state, storage_reader=FileSystemReader(directory), no_dist=True)
+        blob = state[key]
+        if isinstance(blob, io.BytesIO):
+            blob.seek(0)
+            blob = torch.load(blob, map_location="cpu", weights_only=True)
+        return blob[0]
+    except UNREADABLE as error:
+        raise _unreadable(f"the common state of {directory}", error) from error
+
+
+def read_index(directory: Path) -> StoredTensors:
+    """What ``directory`` holds, without loading it.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
+    try:
+        metadata = FileSystemReader(directory).read_metadata()
+    except UNREADABLE as error:
+        raise _unreadable(f"{directory / '.metadata'}", error) from error
+    entries = metadata.state_dict_metadata
+    shapes = {key: tuple(entry.size) for key, entry in entries.items() if hasattr(entry, "size")}
+    return StoredTensors(directory, shapes, frozenset(entries.keys() - shapes.keys()))
+
+
+def load_sharded(state: dict[str, Any], stored: StoredTensors, vocab_size: int) -> dict[str, Any]:
+    """Fills the sharded tensors of ``state`` from a checkpoint, at whatever layout it was written. Collective.
+
+    Args:
+        state: what the model and the optimizer want, as sharded tensors; it stays as it is.
+        stored: the checkpoint's index.
+        vocab_size: number of real tokens; rows beyond are padding, and may be more or fewer in the checkpoint.
+
+    Returns:
+        The structure of ``state`` with tensors, without what was common.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape (names the tensor and both shapes) or cannot be read.
+    """
+    wanted, result, factories = load_preprocess(state)
+    wanted, _ = extract_sharded_base(wanted)
+    wanted = _without_absent_extra_state(wanted, stored)
+    _rename_to(stored, wanted)
+    _check_shapes(list(_sharded_tensors(wanted)), stored, vocab_size)
+    try:
+        loaded = TorchDistLoadShardedStrategy().load(wanted, stored.directory)
+    except UNREADABLE as error:
+        raise _unreadable(f"the shards of {stored.directory}", error) from error
+    merge(result, loaded)
+    return apply_factory_merges(result, factories)
+
+
+def _without_absent_extra_state(wanted: dict[str, Any], stored: StoredTensors) -> dict[str, Any]:
+    # Layers without FP8 keep an empty extra state, and whether it is written depends on the layer's implementation.
+    kept, _ = extract_matching_values(
+        wanted,
+        lambda item: (
+            not isinstance(item, ShardedObject) or "_extra_state" not in item.key or item.unique_key in stored.objects
+        ),
+    )
+    return kept
+
+
+def _rename_to(stored: StoredTensors, wanted: dict[str, Any]) -> None:
+    """Gives the wanted items the prefix under which the checkpoint has them."""
+    keys = [item.key for item in _sharded_tensors(wanted) if not item.key.startswith("optimizer.")]
+    prefix = next((p for p in _PREFIXES if keys and all(p + key in stored.shapes for key in keys)), "")
+    if not prefix:
+        return
+
+    def rename(item: Any) -> Any:
+        if isinstance(item, ShardedBase) and not item.key.startswith("optimizer."):
+            item.key = prefix + item.key
+        return item
+
+    dict_list_map_inplace(rename, wanted)
+
+
+def _sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
+    if isinstance(state, ShardedTensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _sharded_tensors(value)
+    elif isinstance(state, list):
+        for value in state:
+            yield from _sharded_tensors(value)
+
+
+def _check_shapes(wanted: list[ShardedTensor], stored: StoredTensors, vocab_size: int) -> None:
+    problems = []
+    for item in wanted:
+        shape, found = tuple(item.global_shape), stored.shapes.get(item.key)
+        if found is None:
+            problems.append(f"{item.key} {list(shape)} is not in it")
+        elif item.allow_shape_mismatch and len(found) == len(shape) and found[1:] == shape[1:]:
+            if found[0] < vocab_size:
+                problems.append(f"{item.key} has {found[0]} rows in it, the tokenizer has {vocab_size} tokens")
+        elif found != shape:
+            problems.append(f"{item.key} is {list(found)} in it and {list(shape)} here")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{stored.directory} is of another model or lacks a part: {'; '.join(problems[:3])}{more}. Load a "
+            "checkpoint of this architecture; --no-load-optim leaves the optimizer's state out, --finetune all but "
+            "the weights."
+        )
+
+
+def _unreadable(what: str, error: BaseException) -> CheckpointError:
+    if isinstance(error, CheckpointException):  # holds the ranks' own errors, with their tracebacks
+        error = next(iter(error.failures.values()))[0]
+    line = str(error).strip().partition("\n")[0]
+    return CheckpointError(
+        f"{what} cannot be read ({type(error).__name__}: {line}): load another step with --ckpt-step."
+    )
