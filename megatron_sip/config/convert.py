@@ -140,11 +140,12 @@ def _pick(value: Any, members: Mapping[Any, Any], annotation: Any, textual: bool
 
 def _coerce_sequence(value: Any, annotation: Any, textual: bool) -> Any:
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
-    if (isinstance(value, Mapping) and not (arguments and is_dataclass_type(arguments[0]))) or value is None:
+    takes_mappings = any(is_dataclass_type(kind) or is_mapping(kind) for kind in arguments)
+    if value is None or (isinstance(value, Mapping) and not takes_mappings):
         raise MismatchError(describe(annotation), value)
     # One item needs no brackets: `data_path: corpus` is `data_path: [corpus]`.
     items = list(value) if isinstance(value, (list, tuple)) else [value]
-    if textual and not {str, Path, Any}.intersection(arguments) and not any(map(is_dataclass_type, arguments)):
+    if textual and not takes_mappings and not {str, Path, Any}.intersection(arguments):
         # --adam-betas 0.9,0.95 and --adam-betas 0.9 0.95 alike; only texts may hold commas of their own.
         items = [word for item in items for word in item.split(",")]
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -159,8 +160,11 @@ def _coerce_sequence(value: Any, annotation: Any, textual: bool) -> Any:
 
 def _coerce_mapping(value: Any, annotation: Any, textual: bool) -> dict[Any, Any]:
     key_kind, value_kind = get_args(annotation) or (Any, Any)
-    if textual:
-        words = value if isinstance(value, list) else [value]
+    if textual and isinstance(value, str):
+        # An item of a list of mappings: --phases "{name: warm-up, ntp: 1}"
+        value, textual = parse_yaml(value, "the command line"), False
+    elif textual:
+        words = value
         pairs = [word.partition("=") for word in words]
         broken = next((word for word, pair in zip(words, pairs, strict=True) if not pair[1]), None)
         if broken is not None:

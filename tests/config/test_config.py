@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -53,6 +54,7 @@ class DataConfig:
     sizes: list[int] = option(default_factory=list, help="sizes")
     source_weights: dict[str, float] = option(default_factory=dict, help="weight per source")
     phases: tuple[Phase, ...] = option((), help="phases")
+    stages: tuple[Mapping[str, Any], ...] = option((), help="stages")
     fruit: Fruit = option(Fruit.APPLE, help="fruit")
     level: Literal[1, 2, "max"] = option(1, help="level")
     cache: Path | None = option(None, help="cache folder")
@@ -106,6 +108,16 @@ def test_flags_fill_every_kind_of_field() -> None:
     assert config.data.level == "max"
     assert config.data.cache == Path("some/where")
     assert config.data.train_iters == 1000 and isinstance(config.data.train_iters, int)
+
+
+def test_lists_of_mappings_are_inline_yaml_on_the_command_line(tmp_path: Path) -> None:
+    argv = ["--phases", "{start: 1}", "{start: 5, mix: {ntp: 0.5}}", "--stages", "{name: warm-up, ntp: 1, ramp: null}"]
+    data = load(Root, argv).data
+    assert data.phases == (Phase(1), Phase(5, {"ntp": 0.5}))
+    assert data.stages == ({"name": "warm-up", "ntp": 1, "ramp": None},)
+    assert load(Root, ["--config", recipe(tmp_path, "stages: [{name: 3}, {ntp: [1, 2]}]")]).data.stages == (
+        {"name": 3}, {"ntp": [1, 2]}
+    )  # fmt: skip
 
 
 def test_yaml_takes_sections_flat_keys_and_dashes(tmp_path: Path) -> None:
