@@ -153,7 +153,7 @@ def rank_memory(arch: Architecture, layout: Layout, precision: Precision, work: 
 def _activation_bytes(arch: Architecture, layout: Layout, precision: Precision, work: Workload, stage: int) -> int:
     """What the backward pass keeps, times the micro-batches that are in flight on this stage under 1F1B."""
     tokens, width = work.micro_batch_tokens, precision.weight
-    # Kept by a layer, in numbers per token: both residuals and both norms' outputs (split only by sequence parallel) ...
+    # Kept by a layer, in numbers per token: residuals and norm outputs (split by sequence parallel alone) ...
     whole = 4 * arch.hidden_size // (layout.tp if layout.sequence_parallel else 1)
     # ... and q, k, v, the attention's output, the two halves of SwiGLU and their product (split by tensor parallel).
     qkv = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
