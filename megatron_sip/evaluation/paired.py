@@ -116,6 +116,27 @@ def judge_pairs(
     )
 
 
+def concatenate_verdicts(parts: Sequence[PairedVerdicts]) -> PairedVerdicts:
+    """The verdicts of all replicas as one; a replica without prefixes adds nothing."""
+    full = [part for part in parts if len(part.outcomes)]
+    if not full:
+        return parts[0]
+    names = sorted({name for part in full for name in part.policy_criteria})
+
+    def side(pick: Callable[[PairedVerdicts], Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
+        missing = [np.full_like(part.outcomes, np.nan) for part in full]
+        return {
+            name: np.concatenate([pick(part).get(name, none) for part, none in zip(full, missing, strict=True)])
+            for name in names
+        }
+
+    return PairedVerdicts(
+        np.concatenate([part.outcomes for part in full]),
+        side(lambda part: part.policy_criteria),
+        side(lambda part: part.baseline_criteria),
+    )
+
+
 def _unflip(scores: FloatArray, flip: bool) -> FloatArray:
     """Scores [2] as (policy, baseline)."""
     return scores[::-1] if flip else scores
