@@ -37,6 +37,8 @@ class ParallelContext:
     """Where this rank stands, and its process groups."""
 
     config: ParallelConfig
+    seed: int
+    """The run's seed, from which initial weights are drawn."""
     device: torch.device
     rank: int
     world_size: int
@@ -166,7 +168,7 @@ def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    return _describe(config, device, timeout)
+    return _describe(config, seed, device, timeout)
 
 
 def _init_process_group(backend: str, timeout: timedelta) -> None:
@@ -176,13 +178,14 @@ def _init_process_group(backend: str, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _describe(config: ParallelConfig, device: torch.device, timeout: timedelta) -> ParallelContext:
+def _describe(config: ParallelConfig, seed: int, device: torch.device, timeout: timedelta) -> ParallelContext:
     from megatron.core import parallel_state as state
 
     dp_group = state.get_data_parallel_group()
     model_parallel_group = state.get_model_parallel_group()
     return ParallelContext(
         config=config,
+        seed=seed,
         device=device,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
