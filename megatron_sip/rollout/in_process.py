@@ -1,0 +1,212 @@
+"""Rollouts from the training model itself: no second copy of the weights, and so no transfer of them.
+
+G  prefixes of a batch    K  slots of a group    R  rows, G * K    P  width of the prefixes    T  most new tokens
+n  rollouts of a batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_sip.distributed import ParallelContext
+from megatron_sip.model import NextLogits
+from megatron_sip.rollout.batch import RolloutBatch, batch_uniforms, plan_batches
+from megatron_sip.rollout.cache import RolloutCache
+from megatron_sip.rollout.config import RolloutConfig
+from megatron_sip.rollout.protocol import GenerationRequest
+from megatron_sip.rollout.sampling import SamplingParameters, VocabParallelSampler
+from megatron_sip.rollout.stages import StageChain
+from megatron_sip.types import Candidate, CandidateKind
+
+
+class InProcessEngine:
+    """A RolloutEngine on the ranks, and on the weights, that train.
+
+    Every rank of a data-parallel replica calls ``generate`` with equal requests. Under pipeline parallelism as many
+    batches as there are stages are decoded in turn, so that no stage waits for a whole round trip.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        context: ParallelContext,
+        config: RolloutConfig,
+        vocab_size: int,
+        eod: int,
+    ) -> None:
+        """``chunks``: as from ``build_model``; ``vocab_size``: the tokenizer's, without padding."""
+        self._context = context
+        self._config = config
+        self._stages = StageChain(chunks, context)
+        self._sampler = VocabParallelSampler(vocab_size, context.tp_group, context.tp_rank, context.tp_size)
+        self._eod = eod if config.rollout_stop_at_eod else None
+        self._weight_version = 0
+
+    def sync_weights(self, version: int) -> None:
+        """The weights are the model's own; this only says how old they are."""
+        self._weight_version = version
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Candidate]]:
+        """The rollouts of each request, in order, equal on all ranks of the replica."""
+        asked = [index for index, request in enumerate(requests) if request.num_rollouts > 0]
+        width = self._stages.num_in_flight
+        plan = plan_batches([requests[index] for index in asked], max(1, self._config.rollout_batch_size // width))
+        candidates: list[list[Candidate]] = [[] for _ in requests]
+        with self._stages.evaluating():
+            for start in range(0, len(plan), width):
+                picked = [[asked[index] for index in batch] for batch in plan[start : start + width]]
+                runs = [self._start([requests[index] for index in batch]) for batch in picked]
+                self._decode(runs)
+                for batch, run in zip(picked, runs, strict=True):
+                    for index, rollouts in zip(batch, self._collect(run), strict=True):
+                        candidates[index] = rollouts
+            self._stages.finish()
+        return candidates
+
+    def _start(self, requests: Sequence[GenerationRequest]) -> _Run:
+        first = requests[0]
+        sampling = first.sampling or self._config.sampling
+        return _Run(
+            requests,
+            sampling.as_greedy() if first.greedy else sampling,
+            RolloutBatch(requests, self._eod),
+            self._context.device,
+            self._stages.sequence_multiple,
+        )
+
+    def _decode(self, runs: Sequence[_Run]) -> None:
+        """Takes each run in turn one token further, until all are done; all stages take the same turns."""
+        active = list(runs)
+        while active:
+            for run in list(active):
+                if not self._context.is_last_stage and run.num_taken < run.num_started:
+                    run.take(self._stages.broadcast_from_last(run.empty_tokens()), None)
+                if run.batch.finished:
+                    active.remove(run)
+                    continue
+                logits = self._stages.forward(*run.start_pass())
+                if logits is not None:
+                    tokens, log_probs = self._sampler.sample(run.rows_of(logits), run.uniforms(), run.sampling)
+                    run.take(self._stages.broadcast_from_last(tokens), log_probs)
+
+    def _collect(self, run: _Run) -> list[list[Candidate]]:
+        log_probs = self._stages.broadcast_from_last(run.log_probs()).cpu().numpy()
+        candidates: list[list[Candidate]] = []
+        row = 0
+        for rollouts in run.batch.results():
+            candidates.append([])
+            for number, tokens in enumerate(rollouts):
+                candidates[-1].append(
+                    Candidate(
+                        kind=CandidateKind.ROLLOUT,
+                        tokens=tokens,
+                        rollout=number,
+                        sampling_log_probs=log_probs[row, : len(tokens)].copy(),
+                        weight_version=self._weight_version,
+                    )
+                )
+                row += 1
+        return candidates
+
+
+class _Run:
+    """A batch under way on this rank: its bookkeeping and its tensors on the device."""
+
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingParameters,
+        batch: RolloutBatch,
+        device: torch.device,
+        sequence_multiple: int,
+    ) -> None:
+        self.batch = batch
+        self.sampling = sampling
+        self.num_started = 0
+        """Passes begun: the first is the prefill, each yields one token per row."""
+        self.num_taken = 0
+        """Tokens per row taken over; on stages before the last it lags behind."""
+        self._requests = requests
+        self._device = device
+        self._multiple = sequence_multiple
+        self._prefix_lengths = torch.from_numpy(batch.prefix_lengths).to(device)
+        self._cache = RolloutCache(self._prefix_lengths, batch.num_slots, batch.max_new_tokens)
+        rows = batch.rollout_of_rows
+        self._num_rollouts = int(rows.max()) + 1
+        numbers = batch_uniforms(requests, batch.max_new_tokens)[rows].T
+        self._uniforms = torch.from_numpy(np.ascontiguousarray(numbers)).to(device)  # [T, R]
+        self._tokens = torch.empty(0, dtype=torch.int64, device=device)
+        self._row_lengths = self._prefix_lengths.repeat_interleave(batch.num_slots)
+        self._scored: list[tuple[NDArray[np.int64], NDArray[np.int64], torch.Tensor]] = []
+
+    def start_pass(self) -> tuple[torch.Tensor, torch.Tensor, RolloutCache, NextLogits]:
+        """The arguments of the next forward pass."""
+        self.num_started += 1
+        if self.num_started == 1:
+            return self._prefill_pass()
+        self._cache.start_decode_step()
+        rows = self.batch.num_rows
+        padding = -rows % self._multiple
+        tokens, positions = self._tokens, self._row_lengths + (self.num_taken - 1)
+        if padding:
+            tokens, positions = (torch.nn.functional.pad(part, (0, padding)) for part in (tokens, positions))
+        sources = torch.arange(rows, device=self._device)
+        return tokens[None], positions[None], self._cache, NextLogits(sources[None])
+
+    def rows_of(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of a pass [B, L, v] -> [R, v]."""
+        flat = logits.flatten(0, 1)
+        return flat.repeat_interleave(self.batch.num_slots, dim=0) if self.num_started == 1 else flat
+
+    def uniforms(self) -> torch.Tensor:
+        """float64 [R], for the token to be drawn now."""
+        return self._uniforms[self.num_taken]
+
+    def empty_tokens(self) -> torch.Tensor:
+        """int64 [R], to be received into."""
+        return torch.empty(self.batch.num_rows, dtype=torch.int64, device=self._device)
+
+    def take(self, tokens: torch.Tensor, log_probs: torch.Tensor | None) -> None:
+        """Appends a token to each row (int64 [R]) and lets finished rows go."""
+        if log_probs is not None:
+            self._scored.append((self.batch.active_rows, self.batch.active_rollouts, log_probs))
+        self._tokens = tokens
+        self.num_taken += 1
+        self.batch.accept(tokens.cpu().numpy())  # the one wait for the device per token
+        kept = self.batch.compact()
+        if kept is not None:
+            self._select(*kept)
+
+    def log_probs(self) -> torch.Tensor:
+        """float32 [n, T] on the last stage; of no meaning elsewhere."""
+        table = np.zeros((self._num_rollouts, self.batch.max_new_tokens), dtype=np.float32)
+        if self._scored:
+            sizes = [len(values) for _, _, values in self._scored]
+            host = torch.cat([values for _, _, values in self._scored]).cpu().numpy()
+            for position, values in enumerate(np.split(host, np.cumsum(sizes)[:-1])):
+                rows, rollouts, _ = self._scored[position]
+                table[rollouts, position] = values[rows]
+        return torch.from_numpy(table).to(self._device)
+
+    def _prefill_pass(self) -> tuple[torch.Tensor, torch.Tensor, RolloutCache, NextLogits]:
+        width = int(self.batch.prefix_lengths.max())
+        width += -width % self._multiple
+        table = np.zeros((len(self._requests), width), dtype=np.int64)
+        for row, request in zip(table, self._requests, strict=True):
+            row[: len(request.prefix)] = request.prefix
+        tokens = torch.from_numpy(table).to(self._device)
+        positions = torch.arange(width, device=self._device).expand_as(tokens)
+        return tokens, positions, self._cache, NextLogits(self._prefix_lengths[:, None] - 1)
+
+    def _select(self, groups: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        old_slots = len(self._tokens) // len(self._prefix_lengths)
+        rows = torch.from_numpy((groups[:, None] * old_slots + slots).ravel()).to(self._device)
+        self._cache.select(torch.from_numpy(groups).to(self._device), torch.from_numpy(slots).to(self._device))
+        self._prefix_lengths = torch.from_numpy(self.batch.prefix_lengths).to(self._device)
+        self._row_lengths = self._row_lengths[rows]
+        self._tokens = self._tokens[rows]
+        self._uniforms = self._uniforms[:, rows]

@@ -1,0 +1,122 @@
+"""What the ranks of one layout generate; test_layouts.py says what it must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sip.distributed import ParallelConfig, ParallelContext, initialize
+from megatron_sip.model import ModelConfig, build_model
+from megatron_sip.rollout import (
+    GenerationRequest,
+    InProcessEngine,
+    RolloutConfig,
+    SamplingParameters,
+    SeedKey,
+    VocabParallelSampler,
+)
+from megatron_sip.types import Candidate
+from tests.rollout.dense import Shape
+
+SHAPE = Shape()
+EOD = 68
+SEED_KEY = SeedKey(seed=11, step=5)
+PREFIX_LENGTHS = (9, 1, 14, 5, 9, 22)
+LIMITS = (12, 4, 3, 12, 9, 12)  # two groups leave early: the batch is compacted
+NUM_ROLLOUTS = (3, 3, 2, 3, 1, 3)
+WARM = SamplingParameters(temperature=1.3, top_p=0.9, top_k=20)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A rollout that pickles."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    rollout: int
+    weight_version: int
+
+
+def requests(**changes: Any) -> list[GenerationRequest]:
+    """Six prefixes of ragged length, with ragged numbers of rollouts and limits."""
+    generator = np.random.default_rng(0)
+    return [
+        GenerationRequest(
+            sample_id=100 + index,
+            prefix=generator.integers(0, SHAPE.vocab, length),
+            num_rollouts=count,
+            max_new_tokens=limit,
+            seed_key=SEED_KEY,
+            **changes,
+        )
+        for index, (length, limit, count) in enumerate(zip(PREFIX_LENGTHS, LIMITS, NUM_ROLLOUTS, strict=True))
+    ]
+
+
+def generate_all(parallel: ParallelConfig) -> dict[str, Any]:
+    """Every case of one layout, on one rank of it."""
+    context = initialize(parallel, seed=3)
+    config = ModelConfig(
+        num_layers=SHAPE.num_layers,
+        hidden_size=SHAPE.hidden,
+        num_attention_heads=SHAPE.heads,
+        num_query_groups=SHAPE.groups,
+        ffn_hidden_size=SHAPE.ffn,
+        rotary_base=SHAPE.rope_base,
+        norm_epsilon=SHAPE.epsilon,
+        init_method_std=0.25,  # far from uniform: greedy margins are wide against rounding
+    )
+    chunks = build_model(config, SHAPE.vocab, context)
+
+    def engine(**options: Any) -> InProcessEngine:
+        made = InProcessEngine(chunks, context, RolloutConfig(**options), SHAPE.vocab, EOD)
+        made.sync_weights(42)
+        return made
+
+    unbounded, sampled = engine(rollout_stop_at_eod=False), requests()
+    few_at_once = engine(rollout_stop_at_eod=False, rollout_batch_size=4)
+    results: dict[str, Any] = {
+        "greedy": unbounded.generate(requests(greedy=True)),
+        "sampled": unbounded.generate(sampled),
+        "small batches": few_at_once.generate(sampled[::-1])[::-1],
+        "eod": engine().generate(sampled),
+        "warm": unbounded.generate(requests(sampling=WARM)),
+        "next step": unbounded.generate([replace(request, seed_key=SeedKey(11, 6)) for request in sampled]),
+    }
+    plain = {name: [[_plain(rollout) for rollout in group] for group in groups] for name, groups in results.items()}
+    plain["training"] = [chunk.training for chunk in chunks]
+    plain["nothing"] = unbounded.generate([replace(sampled[0], num_rollouts=0)])
+    plain["sampler"] = _sample_split_logits(context)
+    if context.world_size == 1:
+        plain["weights"] = {name: value.detach().double().numpy() for name, value in chunks[0].named_parameters()}
+    return plain
+
+
+def _plain(candidate: Candidate) -> Generated:
+    assert candidate.sampling_log_probs is not None
+    return Generated(
+        candidate.tokens.tolist(), candidate.sampling_log_probs.tolist(), candidate.rollout, candidate.weight_version
+    )
+
+
+def _sample_split_logits(context: ParallelContext) -> list[list[int]]:
+    """Tokens for 2000 rows of given logits under several parameters, also where the last rank holds padding only."""
+    drawn = []
+    for vocab, padded in ((1000, 1024), (60, 128)):
+        logits = torch.randn(2000, padded, generator=torch.Generator().manual_seed(1)) * 2
+        logits[:, vocab:] = 30.0
+        share = logits.chunk(context.tp_size, dim=1)[context.tp_rank]
+        uniforms = torch.rand(2000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        sampler = VocabParallelSampler(vocab, context.tp_group, context.tp_rank, context.tp_size)
+        for parameters in (
+            SamplingParameters(),
+            SamplingParameters(temperature=0.0),
+            SamplingParameters(top_k=30),
+            SamplingParameters(temperature=2.0, top_p=0.95),
+            WARM,
+        ):
+            drawn.append(sampler.sample(share, uniforms, parameters)[0].tolist())
+    return drawn
