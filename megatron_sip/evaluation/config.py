@@ -11,23 +11,24 @@ from megatron_sip.evaluation.paired import Decoding
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Which policies are compared, on how many unseen prefixes and how they decode."""
+    """Which policies are compared, by whom, on how many unseen prefixes and how they decode."""
 
-    checkpoint: str | None = option(None, help="Directory of checkpoints of the policy under test.")
-    checkpoint_step: int | None = option(None, help="Its step to load in place of the latest.")
-    baseline: str | None = option(None, help="Directory of checkpoints of the policy that it is compared with.")
-    baseline_step: int | None = option(None, help="Its step to load in place of the latest.")
+    checkpoint: str = option(help="Directory of checkpoints of the policy under test.")
+    baseline: str = option(help="Directory of checkpoints of the policy that it is compared with.")
+    checkpoint_step: int | None = option(None, help="Step of --checkpoint to load in place of the latest.")
+    baseline_step: int | None = option(None, help="Step of --baseline to load in place of the latest.")
+    judge: str | None = option(None, help="n-gram model of the judge; by default --judge-model, that of the training.")
+    second_judge: str | None = option(
+        None, help="n-gram model of a second judge, fitted on other documents, that the policy was not trained with."
+    )
     num_prefixes: int = option(600, help="Prefixes of --test-data-path that both policies continue.")
     temperature: tuple[float, ...] = option((1.0, 0.8, 0.0), help="Sampling temperatures to compare at; 0 is greedy.")
     num_seeds: int = option(1, help="Continuations per prefix and temperature (greedy: always one).")
     confidence: float = option(0.95, help="Of the intervals, which are over prefixes.")
-    output: str | None = option(None, help="JSON file to write; by default it is printed after the table.")
+    output: str | None = option(None, help="JSON file to write the result to.")
 
     def validate(self) -> None:
         """Raise ConfigurationError for a value that cannot work."""
-        for name in ("checkpoint", "baseline"):
-            if getattr(self, name) is None:
-                raise ConfigurationError(f"--{name} is missing: give a directory of checkpoints")
         for name in ("num_prefixes", "num_seeds"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")

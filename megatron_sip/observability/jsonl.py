@@ -19,11 +19,11 @@ class StepLines:
         self._stream: TextIO | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line. NaN and infinities become null: JSON has no word for them."""
+        """Write one line; NaN and infinities become null."""
         if self._stream is None:
             end_last_line(self.path)
             self._stream = self.path.open("a", encoding="utf-8")
-        self._stream.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.write(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n")
         self._stream.flush()
 
     def drop_after(self, step: int) -> int:
@@ -82,12 +82,12 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with every NaN and infinity replaced by None."""
+def finite(value: Any) -> Any:
+    """``value`` with every NaN and infinity replaced by None: JSON has no word for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

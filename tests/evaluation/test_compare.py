@@ -119,8 +119,6 @@ def test_progress_counts_every_prefix_of_every_decoding():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": None}, "--checkpoint is missing: give a directory"),
-        ({"baseline": None}, "--baseline is missing"),
         ({"num_prefixes": 0}, "--num-prefixes 0: must be at least 1"),
         ({"temperature": (1.0, -1.0)}, r"--temperature \(1.0, -1.0\): give one or more numbers"),
         ({"temperature": (1.0, 1.0)}, "name each one once"),
