@@ -1,0 +1,45 @@
+"""Sums of an objective's metrics over micro-batches, passes and replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_sip.distributed import ParallelContext
+from megatron_sip.engine.passes import Metrics
+
+
+class MetricSums:
+    """Name -> (sum, count), kept on the device until they are asked for."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._context = context
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def clear(self) -> None:
+        """Starts anew."""
+        self._sums = {}
+
+    def add(self, micro_batches: Sequence[Metrics]) -> Metrics:
+        """Adds what one pass returned; returns that pass's own sums."""
+        own: dict[str, torch.Tensor] = {}
+        for metrics in micro_batches:
+            for name, (total, count) in metrics.items():
+                both = torch.stack([total.double(), count.double()])
+                own[name] = own[name] + both if name in own else both
+        for name, both in own.items():
+            self._sums[name] = self._sums[name] + both if name in self._sums else both
+        return {name: (both[0], both[1]) for name, both in own.items()}
+
+    def collect(self) -> dict[str, tuple[float, float]]:
+        """Sums over the replicas, on every rank. All replicas must have run the same passes."""
+        context = self._context
+        result: dict[str, tuple[float, float]] = {}
+        if context.is_last_stage:
+            names = sorted(self._sums)
+            values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+            flat = {f"{part}:{n}": v[part] for n, v in zip(names, values, strict=True) for part in (0, 1)}
+            sums = context.sum_over_data_parallel(flat)
+            result = {name: (sums[f"0:{name}"], sums[f"1:{name}"]) for name in names}
+        return context.broadcast_from_last_stage(result)
