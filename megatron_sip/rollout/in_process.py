@@ -88,9 +88,9 @@ class InProcessEngine:
                 if run.batch.finished:
                     active.remove(run)
                     continue
-                logits = self._stages.forward(*run.start_pass())
+                logits = run.next_logits(self._stages)
                 if logits is not None:
-                    tokens, log_probs = self._sampler.sample(run.rows_of(logits), run.uniforms(), run.sampling)
+                    tokens, log_probs = self._sampler.sample(logits, run.uniforms(), run.sampling)
                     run.take(self._stages.broadcast_from_last(tokens), log_probs)
 
     def _collect(self, run: _Run) -> list[list[Candidate]]:
@@ -143,24 +143,14 @@ class _Run:
         self._row_lengths = self._prefix_lengths.repeat_interleave(batch.num_slots)
         self._scored: list[tuple[NDArray[np.int64], NDArray[np.int64], torch.Tensor]] = []
 
-    def start_pass(self) -> tuple[torch.Tensor, torch.Tensor, RolloutCache, NextLogits]:
-        """The arguments of the next forward pass."""
+    def next_logits(self, stages: StageChain) -> torch.Tensor | None:
+        """Runs the next pass: logits [R, v] on the last stage, None elsewhere."""
         self.num_started += 1
         if self.num_started == 1:
-            return self._prefill_pass()
+            logits = stages.prefill(*self._prefixes(), self._cache, NextLogits(self._prefix_lengths[:, None] - 1))
+            return None if logits is None else logits[:, 0].repeat_interleave(self.batch.num_slots, dim=0)
         self._cache.start_decode_step()
-        rows = self.batch.num_rows
-        padding = -rows % self._multiple
-        tokens, positions = self._tokens, self._row_lengths + (self.num_taken - 1)
-        if padding:
-            tokens, positions = (torch.nn.functional.pad(part, (0, padding)) for part in (tokens, positions))
-        sources = torch.arange(rows, device=self._device)
-        return tokens[None], positions[None], self._cache, NextLogits(sources[None])
-
-    def rows_of(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of a pass [B, L, v] -> [R, v]."""
-        flat = logits.flatten(0, 1)
-        return flat.repeat_interleave(self.batch.num_slots, dim=0) if self.num_started == 1 else flat
+        return stages.decode(self._tokens, self._row_lengths + (self.num_taken - 1), self._cache)
 
     def uniforms(self) -> torch.Tensor:
         """float64 [R], for the token to be drawn now."""
@@ -192,15 +182,15 @@ class _Run:
                 table[rollouts, position] = values[rows]
         return torch.from_numpy(table).to(self._device)
 
-    def _prefill_pass(self) -> tuple[torch.Tensor, torch.Tensor, RolloutCache, NextLogits]:
+    def _prefixes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions, int64 [G, P], padded at the right."""
         width = int(self.batch.prefix_lengths.max())
         width += -width % self._multiple
         table = np.zeros((len(self._requests), width), dtype=np.int64)
         for row, request in zip(table, self._requests, strict=True):
             row[: len(request.prefix)] = request.prefix
         tokens = torch.from_numpy(table).to(self._device)
-        positions = torch.arange(width, device=self._device).expand_as(tokens)
-        return tokens, positions, self._cache, NextLogits(self._prefix_lengths[:, None] - 1)
+        return tokens, torch.arange(width, device=self._device).expand_as(tokens)
 
     def _select(self, groups: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         old_slots = len(self._tokens) // len(self._prefix_lengths)

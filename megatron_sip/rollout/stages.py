@@ -1,6 +1,7 @@
 """One forward pass through the pipeline's stages, outside of Megatron's training schedules.
 
-S  sequence width of the pass      B  its batch      H  hidden size
+S  sequence width of the pass    B  its batch    H  hidden size    R  rows of a decode step
+L  positions whose logits are asked for           v  vocabulary columns of this rank
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.model import NextLogits, PolicyModel
+from megatron_sip.rollout.lean import LeanStage, supports_lean_decode
 from megatron_sip.types import AttentionPlan
 
 
@@ -32,6 +34,11 @@ class StageChain:
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
         self._sequence_split = context.tp_size if config.sequence_parallel else 1
         self._unsent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._lean = (
+            [LeanStage(chunk, context.tp_group, context.tp_size) for chunk in self._chunks]
+            if all(supports_lean_decode(chunk) for chunk in self._chunks)
+            else None
+        )
 
     @property
     def num_in_flight(self) -> int:
@@ -57,19 +64,45 @@ class StageChain:
             for chunk, flag in zip(self._chunks, training, strict=True):
                 chunk.train(flag)
 
-    def forward(
+    def prefill(
         self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, output: NextLogits
     ) -> torch.Tensor | None:
-        """tokens and positions int64 [B, S] -> logits [B, L, V / tp] on the last stage, None elsewhere."""
-        context = self._context
+        """tokens and positions int64 [B, S] -> logits [B, L, v] on the last stage, None elsewhere."""
         for index, chunk in enumerate(self._chunks):
-            if index > 0 or not context.is_first_stage:
-                chunk.set_input_tensor(self._receive(tokens.shape[1], tokens.shape[0]))
+            if not self._is_start(index):
+                width = tokens.shape[1] // self._sequence_split
+                chunk.set_input_tensor(self._receive((width, tokens.shape[0], self._hidden_size)))
             result = chunk(tokens, positions, plan, output)
-            if context.is_last_stage and index == len(self._chunks) - 1:
+            if self._is_end(index):
                 return result
             self._send(result)
         return None
+
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor | None:
+        """One token per row, int64 [R] -> logits [R, v] on the last stage, None elsewhere.
+
+        The plan sees the rows as the sequence dimension: queries [R or more, 1, h, d].
+        """
+        if self._lean is None:
+            return self._decode_by_modules(tokens, positions, plan)
+        rotation = self._lean[0].rotation(positions)
+        for index, stage in enumerate(self._lean):
+            hidden = stage.embed(tokens) if self._is_start(index) else self._receive((len(tokens), self._hidden_size))
+            hidden = stage.layers(hidden, rotation, plan)
+            if self._is_end(index):
+                return stage.logits(hidden)
+            self._send(hidden)
+        return None
+
+    def _decode_by_modules(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor | None:
+        sources = torch.arange(len(tokens), device=tokens.device)
+        padding = -len(tokens) % self._sequence_split
+        if padding:
+            tokens, positions = (torch.nn.functional.pad(part, (0, padding)) for part in (tokens, positions))
+        logits = self.prefill(tokens[None], positions[None], plan, NextLogits(sources[None]))
+        return None if logits is None else logits[0]
 
     def broadcast_from_last(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` of the last stage, in place, on all stages."""
@@ -87,8 +120,13 @@ class StageChain:
     def _peer(self, distance: int) -> int:
         return dist.get_global_rank(self._context.pp_group, (self._context.pp_rank + distance) % self._context.pp_size)
 
-    def _receive(self, width: int, batch: int) -> torch.Tensor:
-        shape = (width // self._sequence_split, batch, self._hidden_size)
+    def _is_start(self, chunk: int) -> bool:
+        return chunk == 0 and self._context.is_first_stage
+
+    def _is_end(self, chunk: int) -> bool:
+        return chunk == len(self._chunks) - 1 and self._context.is_last_stage
+
+    def _receive(self, shape: tuple[int, ...]) -> torch.Tensor:
         hidden = torch.empty(shape, dtype=self._hidden_dtype, device=self._context.device)
         dist.recv(hidden, src=self._peer(-1), group=self._context.pp_group)
         return hidden

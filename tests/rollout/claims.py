@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_sip.distributed import ParallelConfig, ParallelContext, initialize
-from megatron_sip.model import ModelConfig, build_model
+from megatron_sip.model import CausalPlan, ModelConfig, ScoreTargets, build_model
 from megatron_sip.rollout import (
     GenerationRequest,
     InProcessEngine,
@@ -86,13 +86,48 @@ def generate_all(parallel: ParallelConfig) -> dict[str, Any]:
         "warm": unbounded.generate(requests(sampling=WARM)),
         "next step": unbounded.generate([replace(request, seed_key=SeedKey(11, 6)) for request in sampled]),
     }
+    for chunk in chunks:  # a norm that the lean path does not know: decoding goes through the modules
+        for layer in chunk.decoder.layers:
+            layer.pre_mlp_layernorm = torch.nn.Sequential(layer.pre_mlp_layernorm)
+    results["by modules"] = engine(rollout_stop_at_eod=False).generate(sampled)
     plain = {name: [[_plain(rollout) for rollout in group] for group in groups] for name, groups in results.items()}
     plain["training"] = [chunk.training for chunk in chunks]
     plain["nothing"] = unbounded.generate([replace(sampled[0], num_rollouts=0)])
     plain["sampler"] = _sample_split_logits(context)
     if context.world_size == 1:
-        plain["weights"] = {name: value.detach().double().numpy() for name, value in chunks[0].named_parameters()}
+        plain["weights"] = {
+            name.replace("layernorm.0.", "layernorm."): value.detach().double().numpy()
+            for name, value in chunks[0].named_parameters()
+        }
+        plain["other architecture"] = _rescore_other_architecture(context)
     return plain
+
+
+def _rescore_other_architecture(context: ParallelContext) -> list[tuple[list[float], list[float]]]:
+    """Log-probs of rollouts as sampled, and by the model's own forward over whole sequences."""
+    config = ModelConfig(
+        num_layers=2, hidden_size=24, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=20,
+        add_qkv_bias=True, qk_layernorm=True, untie_embeddings_and_output_weights=False, init_method_std=0.3,
+    )  # fmt: skip
+    [model] = build_model(config, SHAPE.vocab, context)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases start as 1 and 0, which would hide a mistake
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    pairs = []
+    asked = requests()
+    for request, group in zip(
+        asked, InProcessEngine([model], context, RolloutConfig(), SHAPE.vocab, EOD).generate(asked), strict=True
+    ):
+        for rollout in group:
+            row = torch.from_numpy(np.concatenate([request.prefix, rollout.tokens]))[None]
+            scored = torch.arange(len(request.prefix) - 1, row.shape[1] - 1)[None]
+            targets = ScoreTargets(targets=row[:, scored[0] + 1], sources=scored)
+            with torch.no_grad():
+                log_probs = model(row, torch.arange(row.shape[1])[None], CausalPlan(), targets)
+            pairs.append((_plain(rollout).log_probs, log_probs[0].tolist()))
+    return pairs
 
 
 def _plain(candidate: Candidate) -> Generated:

@@ -98,6 +98,18 @@ def test_truncated_and_warm_rollouts_follow_the_reference_distribution(
             assert np.searchsorted(shares.cumsum(), number) == token
 
 
+def test_layers_unknown_to_the_lean_path_are_decoded_by_their_modules(ranks: list[dict[str, Any]]) -> None:
+    for (_, lean), (_, plain) in zip(every(ranks[0]["sampled"]), every(ranks[0]["by modules"]), strict=True):
+        assert lean.tokens == plain.tokens
+        np.testing.assert_allclose(lean.log_probs, plain.log_probs, atol=1e-5)
+
+
+def test_query_norms_biases_and_a_tied_output_are_decoded_as_the_model_scores_them(one_rank: dict[str, Any]) -> None:
+    assert len(one_rank["other architecture"]) == sum(NUM_ROLLOUTS)
+    for sampled, scored in one_rank["other architecture"]:
+        np.testing.assert_allclose(sampled, scored, atol=1e-5)
+
+
 def test_rollouts_of_a_prefix_and_of_two_steps_differ(ranks: list[dict[str, Any]]) -> None:
     assert len({tuple(rollout.tokens) for rollout in ranks[0]["sampled"][0]}) == NUM_ROLLOUTS[0]
     for (_, now), (_, later) in zip(every(ranks[0]["sampled"]), every(ranks[0]["next step"]), strict=True):
