@@ -32,12 +32,19 @@ SHARDING: Mapping[str, Any] = {
 }
 """How sharded state is laid out, so that it loads at any TP x PP x DP. Checkpoints carry it as Megatron-LM's do."""
 
+REFERENCE = "reference"
+"""Part of a state dict that a checkpoint may lack: the loaded weights are then the reference."""
+
 CHECKPOINT_VERSION = 3.0
 """Megatron-LM's number for the layout of its state dict."""
 
 
 class StateBuilder(Protocol):
-    """Makes the sharded state dict: ``model`` (or ``model0``, ...) and, if wanted, ``optimizer`` and the rest."""
+    """Makes the sharded state dict: ``model`` (or ``model0``, ...), ``optimizer`` if wanted, ``reference`` if any.
+
+    The keys of the reference's tensors begin with ``reference.``; ``load`` leaves it out where the checkpoint has none,
+    and where weights alone are loaded.
+    """
 
     def __call__(self, *, is_loading: bool, with_optimizer: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """``metadata`` goes to every ``sharded_state_dict`` of Megatron-Core."""
@@ -159,6 +166,8 @@ class CheckpointManager:
         metadata = {**SHARDING, **(common.get(writing.CONTENT_METADATA) or {})}
         with_optimizer = not (weights_only or config.no_load_optim)
         state = build_state(is_loading=True, with_optimizer=with_optimizer, metadata=metadata)
+        if weights_only or not stored.has(REFERENCE):
+            state.pop(REFERENCE, None)
         loaded = self._agree(lambda: self._read(state, stored))
         own = {} if weights_only else dict(common.get("run", {}))
         if config.no_load_rng:

@@ -51,6 +51,10 @@ class StoredTensors:
     objects: frozenset[str]
     """Unique keys of the objects that are not tensors."""
 
+    def has(self, part: str) -> bool:
+        """Whether there are tensors whose keys begin with ``part`` and a dot."""
+        return any(key.startswith(part + ".") for key in self.shapes)
+
 
 def read_common(directory: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not sharded, from its own file or, since 0.17, from among the shards.
@@ -105,7 +109,7 @@ def load_sharded(state: dict[str, Any], stored: StoredTensors, vocab_size: int) 
     """
     wanted, result, factories = load_preprocess(state)
     wanted, _ = extract_sharded_base(wanted)
-    wanted = _without_absent_extra_state(wanted, stored)
+    wanted, absent = _split_off_absent_extra_state(wanted, stored)
     _rename_to(stored, wanted)
     _check_shapes(list(_sharded_tensors(wanted)), stored, vocab_size)
     try:
@@ -113,18 +117,21 @@ def load_sharded(state: dict[str, Any], stored: StoredTensors, vocab_size: int) 
     except UNREADABLE as error:
         raise _unreadable(f"the shards of {stored.directory}", error) from error
     merge(result, loaded)
+    merge(result, absent)
     return apply_factory_merges(result, factories)
 
 
-def _without_absent_extra_state(wanted: dict[str, Any], stored: StoredTensors) -> dict[str, Any]:
-    # Layers without FP8 keep an empty extra state, and whether it is written depends on the layer's implementation.
-    kept, _ = extract_matching_values(
+def _split_off_absent_extra_state(wanted: dict[str, Any], stored: StoredTensors) -> tuple[dict[str, Any], Any]:
+    # Layers without FP8 keep an empty extra state, and whether it is written depends on the layer's implementation. A
+    # strict load_state_dict wants the key all the same.
+    absent, kept = extract_matching_values(
         wanted,
         lambda item: (
-            not isinstance(item, ShardedObject) or "_extra_state" not in item.key or item.unique_key in stored.objects
+            isinstance(item, ShardedObject) and "_extra_state" in item.key and item.unique_key not in stored.objects
         ),
     )
-    return kept
+    dict_list_map_inplace(lambda item: None, absent)
+    return kept, absent
 
 
 def _rename_to(stored: StoredTensors, wanted: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron_sip.checkpoint import SHARDING, CheckpointConfig, CheckpointManager, ModelIdentity, background, layout
 from megatron_sip.distributed import ParallelConfig, ParallelContext, initialize
 from megatron_sip.errors import CheckpointError
-from tests.checkpoint.trainee import Trainee
+from tests.checkpoint.trainee import VOCABULARY, Trainee, config_of, model_of
 
 IDENTITY = ModelIdentity(61, "tokenizer-a", {"num_layers": 2, "hidden_size": 32, "num_query_groups": 2})
 COMMON = {"consumed": {"ntp": 24}, "rng": {"seed": 7}, "blob": torch.arange(3)}
@@ -205,9 +206,65 @@ def one_rank(root: str) -> dict[str, Any]:
     trainee, _ = _resume(context, f"{root}/story")
     table, padded = (t.model.embedding.word_embeddings.weight for t in (trainee, wider))
     report["other_padding"] = (list(padded.shape), torch.equal(padded[:61], table[:61]))
+    report["reference"] = _reference(context, root)
+    report["virtual"] = _weights_by_layer([_load_four_layers(context, f"{root}/virtual").model])
     report["damaged"] = _damage(context, f"{root}/story", fresh)
     report["megatron_lm"] = _megatron_lm(context, f"{root}/megatron_lm")
     return report
+
+
+def _reference(context: ParallelContext, root: str) -> dict[str, Any]:
+    """A run with a reference loads a checkpoint without one, its own, and the weights of its own."""
+    writer = Trainee(context, reference=torch.full((VOCABULARY, 32), 0.5))
+    manager(context, f"{root}/reference").save(1, writer.state, COMMON)
+    reader = Trainee(context, reference=torch.zeros(VOCABULARY, 32))
+    parts = {}
+    for name, directory, options in (
+        ("absent", "story", {}),
+        ("present", "reference", {"no_load_optim": True}),
+        ("finetune", "reference", {"finetune": True}),
+    ):
+        loaded = manager(context, f"{root}/{directory}", **options).load(reader.state)
+        assert loaded is not None
+        parts[name] = sorted(loaded.state)
+        if name == "present":
+            parts["value"] = loaded.state["reference"]["table"].unique().tolist()
+    return parts
+
+
+def virtual_stages(root: str) -> dict[str, Any]:
+    """Four layers on two pipeline ranks with two virtual stages each, saved as Megatron-LM saves them."""
+    sizes = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    context = initialize(ParallelConfig(**sizes), seed=5)
+    config = config_of(context, num_layers=4, virtual_stages=2)
+    chunks = []
+    for stage in range(2):
+        ends = (context.is_first_stage and stage == 0, context.is_last_stage and stage == 1)
+        chunks.append(model_of(config, VOCABULARY, *ends, virtual_stage=stage))
+    state = {f"model{stage}": chunk.sharded_state_dict(metadata=SHARDING) for stage, chunk in enumerate(chunks)}
+    _save_like_megatron_lm(state, Path(root) / "virtual", step=7, args=Namespace(num_layers=4), context=context)
+    return _weights_by_layer(chunks)
+
+
+def _weights_by_layer(chunks: list[Any]) -> dict[str, Any]:
+    """Parameters under their names in the whole model."""
+    weights = {}
+    for chunk in chunks:
+        numbers = {str(index): str(layer.layer_number - 1) for index, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = numbers[parts[2]]
+            weights[".".join(parts)] = parameter.detach().tolist()
+    return weights
+
+
+def _load_four_layers(context: ParallelContext, root: str) -> Trainee:
+    trainee = Trainee(context, num_layers=4)
+    loaded = manager(context, root, ModelIdentity(61, "", {"num_layers": 4}), finetune=True).load(trainee.state)
+    assert loaded is not None
+    trainee.take(loaded.state)
+    return trainee
 
 
 def _damage(context: ParallelContext, root: str, fresh: Trainee) -> dict[str, str]:
@@ -225,26 +282,12 @@ def _damage(context: ParallelContext, root: str, fresh: Trainee) -> dict[str, st
 
 
 def _megatron_lm(context: ParallelContext, root: str) -> dict[str, Any]:
-    """Written by Megatron-Core alone, with the keys of Megatron-LM's generate_state_dict."""
+    """Goes on from a checkpoint that this package has not written."""
     trainee = Trainee(context)
     trainee.train(0, 7)
     state = trainee.state(is_loading=False, with_optimizer=True, metadata=SHARDING)
-    state |= {
-        "args": Namespace(
-            num_layers=2, hidden_size=32, num_query_groups=2, group_query_attention=True, padded_vocab_size=64
-        ),
-        "checkpoint_version": 3.0,
-        "iteration": 7,
-        "num_floating_point_operations_so_far": 0,
-        "opt_param_scheduler": {"max_lr": 0.01, "num_steps": 56},
-        "rng_state": dist_checkpointing.ShardedObject(
-            "rng_state", [{"torch_rng_state": torch.get_rng_state()}], (1, 1), (0, 0)
-        ),
-    }
-    directory = Path(root) / "iter_0000007"
-    directory.mkdir(parents=True)
-    dist_checkpointing.save(state, str(directory), content_metadata=dict(SHARDING), **_write_as_before())
-    (Path(root) / "latest_checkpointed_iteration.txt").write_text("7")
+    args = Namespace(num_layers=2, hidden_size=32, num_query_groups=2, group_query_attention=True, padded_vocab_size=64)
+    _save_like_megatron_lm(state, Path(root), step=7, args=args, context=context)
     other = ModelIdentity(61, "tokenizer-a", {"num_layers": 2, "hidden_size": 48})
     refused = error_of(lambda: manager(context, root, other).load(trainee.state))
     resumed, loaded = _resume(context, root)
@@ -257,10 +300,23 @@ def _megatron_lm(context: ParallelContext, root: str) -> dict[str, Any]:
     }
 
 
-def _write_as_before() -> dict[str, str]:
-    """0.19 writes through a package that is not installed, unless it is told not to."""
-    import inspect
-
-    return (
-        {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
-    )
+def _save_like_megatron_lm(
+    state: dict[str, Any], root: Path, step: int, args: Namespace, context: ParallelContext
+) -> None:
+    """By Megatron-Core alone, with the keys of Megatron-LM's generate_state_dict."""
+    state |= {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": step,
+        "num_floating_point_operations_so_far": 0,
+        "opt_param_scheduler": {"max_lr": 0.01, "num_steps": 8 * step},
+        "rng_state": dist_checkpointing.ShardedObject(
+            "rng_state", [{"torch_rng_state": torch.get_rng_state()}], (context.pp_size, 1), (context.pp_rank, 0)
+        ),
+    }
+    directory = root / f"iter_{step:07d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    # 0.19 writes through a package that is not installed, unless it is told not to.
+    options = {"async_strategy": "mcore"} if version("megatron-core") >= "0.19" else {}
+    dist_checkpointing.save(state, str(directory), content_metadata=dict(SHARDING), **options)
+    (root / "latest_checkpointed_iteration.txt").write_text(str(step))

@@ -33,6 +33,8 @@ def chain(root: Path, two: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in ("tensor", "pipeline"):
         sizes = {f"{name}_model_parallel_size": 2}
         reports[name] = run_ranks(2, f"{CLAIMS}:go_on", {"root": story, "sizes": sizes})[0]
+    ranks = run_ranks(2, f"{CLAIMS}:virtual_stages", str(root))
+    reports["virtual"] = {name: weights for rank in ranks for name, weights in rank.items()}
     reports["one"] = run_ranks(1, f"{CLAIMS}:one_rank", str(root))[0]
     return reports
 
@@ -152,3 +154,18 @@ def test_checkpoint_of_megatron_lm_is_resumed_bit_for_bit(chain: dict[str, dict[
     loaded = chain["one"]["megatron_lm"]
     assert loaded["step"] == 7 and loaded["run"] == {} and loaded["weights"] and loaded["losses"]
     assert "hidden_size is 32 in it and 48 here" in loaded["refused"]
+
+
+def test_checkpoint_of_virtual_stages_loads_into_one_chunk(chain: dict[str, dict[str, Any]]) -> None:
+    written, read = chain["virtual"], chain["one"]["virtual"]
+    assert "decoder.layers.3.mlp.linear_fc1.weight" in written
+    assert read == written
+
+
+def test_reference_is_loaded_where_there_is_one_and_left_out_where_not(chain: dict[str, dict[str, Any]]) -> None:
+    assert chain["one"]["reference"] == {
+        "absent": ["model", "optimizer"],
+        "present": ["model", "reference"],
+        "value": [0.5],
+        "finetune": ["model"],
+    }

@@ -6,6 +6,7 @@ It owes nothing to the package's own model and engine, so its sharded state is t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from megatron_sip.checkpoint.optimizer_state import allocate_optimizer_state, load_optimizer_state
 from megatron_sip.distributed import ParallelContext
+from tests.checkpoint.adamw import allocate_optimizer_state, load_optimizer_state
 
 VOCABULARY = 64
 LENGTH = 16
@@ -38,42 +39,64 @@ class CausalSelfAttention(MegatronModule):
         return mixed.permute(2, 0, 1, 3).flatten(2)
 
 
+def config_of(context: ParallelContext, num_layers: int, virtual_stages: int | None = None) -> TransformerConfig:
+    """A Llama in small, with grouped queries."""
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        tensor_model_parallel_size=context.tp_size,
+        pipeline_model_parallel_size=context.pp_size,
+        virtual_pipeline_model_parallel_size=virtual_stages,
+        pipeline_dtype=torch.float32,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        calculate_per_token_loss=True,
+    )
+
+
+def model_of(
+    config: TransformerConfig, vocabulary: int, first: bool, last: bool, virtual_stage: int | None = None
+) -> GPTModel:
+    """One chunk of the model, built of Megatron-Core's own parts but for the attention."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = CausalSelfAttention
+    return GPTModel(
+        config,
+        spec,
+        vocabulary,
+        LENGTH,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        parallel_output=True,
+        vp_stage=virtual_stage,
+    )
+
+
 class Trainee:
     """Model, DDP and distributed optimizer at this rank's layout; the same weights for the same seed and TP size."""
 
-    def __init__(self, context: ParallelContext, vocabulary: int = VOCABULARY, num_layers: int = 2) -> None:
+    def __init__(
+        self,
+        context: ParallelContext,
+        vocabulary: int = VOCABULARY,
+        num_layers: int = 2,
+        reference: torch.Tensor | None = None,
+    ) -> None:
         self.context = context
-        self.model_config = TransformerConfig(
-            num_layers=num_layers,
-            hidden_size=32,
-            ffn_hidden_size=48,
-            num_attention_heads=4,
-            num_query_groups=2,
-            tensor_model_parallel_size=context.tp_size,
-            pipeline_model_parallel_size=context.pp_size,
-            pipeline_dtype=torch.float32,
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            add_bias_linear=False,
-            bias_activation_fusion=False,
-            normalization="RMSNorm",
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            calculate_per_token_loss=True,
-        )
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.self_attention.submodules.core_attention = CausalSelfAttention
-        self.model = GPTModel(
-            self.model_config,
-            spec,
-            vocabulary,
-            LENGTH,
-            pre_process=context.is_first_stage,
-            post_process=context.is_last_stage,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=False,
-            parallel_output=True,
-        )
+        self.reference = reference
+        """Stands for a reference policy: saved beside the model, in the shape of its embedding."""
+        self.model_config = config_of(context, num_layers)
+        self.model = model_of(self.model_config, vocabulary, context.is_first_stage, context.is_last_stage)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
         self.chunk = DistributedDataParallel(self.model_config, ddp, self.model)
         self.chunk.broadcast_params()
@@ -105,11 +128,14 @@ class Trainee:
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 state, is_loading=is_loading, metadata=dict(metadata)
             )
+        if self.reference is not None:
+            table = state["model"]["embedding.word_embeddings.weight"]
+            state["reference"] = {"table": replace(table, key=f"reference.{table.key}", data=self.reference)}
         return state
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Takes over a loaded state."""
-        self.model.load_state_dict(state["model"], strict=False)
+        self.model.load_state_dict(state["model"], strict=True)
         if "optimizer" in state:
             load_optimizer_state(self.optimizer, state["optimizer"])
         else:
