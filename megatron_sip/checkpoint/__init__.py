@@ -1,7 +1,7 @@
 """Checkpoints in Megatron-Core's format: atomic, resharding, asynchronous; signals that ask a run to stop."""
 
 from megatron_sip.checkpoint.config import CheckpointConfig
-from megatron_sip.checkpoint.identity import ModelIdentity
+from megatron_sip.checkpoint.identity import ModelIdentity, identity_of
 from megatron_sip.checkpoint.manager import SHARDING, CheckpointManager, LoadedCheckpoint, StateBuilder
 from megatron_sip.checkpoint.signals import StopDecision, StopSignals, StopWatch
 
@@ -15,4 +15,5 @@ __all__ = [
     "StopDecision",
     "StopSignals",
     "StopWatch",
+    "identity_of",
 ]

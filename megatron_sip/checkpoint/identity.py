@@ -8,8 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.errors import CheckpointError
+from megatron_sip.model.presets import Architecture
 
 Plain = int | float | str | bool | None
+
+_ALWAYS: Mapping[str, Plain] = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+}
+"""What Megatron-LM has options for, and the policy has not."""
+
+_FREE = ("max_position_embeddings", "rope_scaling")
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,18 @@ class ModelIdentity:
     def as_plain(self) -> dict[str, Any]:
         """As dictionaries, for the checkpoint."""
         return {**asdict(self), "architecture": dict(self.architecture)}
+
+
+def identity_of(architecture: Architecture, vocab_size: int, tokenizer: str) -> ModelIdentity:
+    """What a checkpoint of a policy must agree with; ``tokenizer`` is the tokenizer's fingerprint.
+
+    The longest sequence is left out: with RoPE a run may raise it.
+    """
+    numbers: dict[str, Plain] = {name: value for name, value in asdict(architecture).items() if name not in _FREE}
+    scaling = architecture.rope_scaling
+    if scaling is not None:
+        numbers["rope_scaling_factor"] = scaling.factor
+    return ModelIdentity(vocab_size, tokenizer, {**_ALWAYS, **numbers, "use_rope_scaling": scaling is not None})
 
 
 def check_identity(directory: Path, common: Mapping[str, Any], expected: ModelIdentity) -> None:

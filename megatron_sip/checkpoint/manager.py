@@ -18,7 +18,7 @@ from megatron_sip.checkpoint import layout, writing
 from megatron_sip.checkpoint.background import BackgroundWriter, Outcome, write_outcome
 from megatron_sip.checkpoint.config import CheckpointConfig
 from megatron_sip.checkpoint.identity import ModelIdentity, check_identity
-from megatron_sip.checkpoint.reading import load_sharded, read_common, read_index
+from megatron_sip.checkpoint.reading import check_nothing_is_left, load_sharded, read_common, read_index, request
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.errors import CheckpointError
 
@@ -168,7 +168,10 @@ class CheckpointManager:
         state = build_state(is_loading=True, with_optimizer=with_optimizer, metadata=metadata)
         if weights_only or not stored.has(REFERENCE):
             state.pop(REFERENCE, None)
-        loaded = self._agree(lambda: self._read(state, stored))
+        asked = self._agree(lambda: request(state, stored, self._identity.vocab_size))
+        requested = set().union(*self._gather(asked.keys()))
+        self._agree(lambda: check_nothing_is_left(stored, requested))
+        loaded = self._agree(lambda: load_sharded(asked))
         own = {} if weights_only else dict(common.get("run", {}))
         if config.no_load_rng:
             own.pop("rng", None)
@@ -276,8 +279,10 @@ class CheckpointManager:
             logger.warning("--load %s holds no checkpoint: the run starts afresh", config.load)
         return None, False
 
-    def _read(self, state: dict[str, Any], stored: Any) -> dict[str, Any]:
-        return load_sharded(state, stored, self._identity.vocab_size)
+    def _gather(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self._context.world_size
+        dist.all_gather_object(gathered, value, group=self._context.host.world)
+        return gathered
 
     def _agree(self, act: Callable[[], Any]) -> Any:
         """Runs ``act`` on all ranks; if it fails on one, all raise its error in place of waiting for it for ever."""
@@ -288,8 +293,7 @@ class CheckpointManager:
             error = str(failure)
         except OSError as failure:
             error = f"the checkpoint cannot be read: {failure}"
-        errors: list[Any] = [None] * self._context.world_size
-        dist.all_gather_object(errors, error, group=self._context.host.world)
+        errors = self._gather(error)
         first = next((f"{e} (rank {rank})" if rank else e for rank, e in enumerate(errors) if e), "")
         if first:
             raise CheckpointError(first)

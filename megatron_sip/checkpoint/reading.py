@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ UNREADABLE = (
 )
 """What torch raises when it reads a file that is not what it should be."""
 
+_NOT_OF_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|reference\.")
+
 _PREFIXES = ("", "model.", "module.", "module.model.")
 """Before every key of a model, depending on the program that wrote it; Megatron-LM writes none."""
 
@@ -54,6 +57,10 @@ class StoredTensors:
     def has(self, part: str) -> bool:
         """Whether there are tensors whose keys begin with ``part`` and a dot."""
         return any(key.startswith(part + ".") for key in self.shapes)
+
+    def is_of_the_model(self, key: str) -> bool:
+        """Whether a tensor is neither the optimizer's nor the reference's."""
+        return not _NOT_OF_THE_MODEL.match(key)
 
 
 def read_common(directory: Path) -> dict[str, Any]:
@@ -93,32 +100,72 @@ def read_index(directory: Path) -> StoredTensors:
     return StoredTensors(directory, shapes, frozenset(entries.keys() - shapes.keys()))
 
 
-def load_sharded(state: dict[str, Any], stored: StoredTensors, vocab_size: int) -> dict[str, Any]:
-    """Fills the sharded tensors of ``state`` from a checkpoint, at whatever layout it was written. Collective.
+@dataclass(frozen=True)
+class Request:
+    """What this rank wants of a checkpoint, under the keys that the checkpoint uses."""
+
+    stored: StoredTensors
+    wanted: dict[str, Any]
+    """Sharded items by their place in the state dict."""
+    rest: dict[str, Any]
+    """What needs no loading, by its place."""
+    factories: dict[str, Any]
+    """How to put items together that are stored in parts."""
+
+    def keys(self) -> set[str]:
+        """Keys of the wanted tensors."""
+        return {item.key for item in _sharded_tensors(self.wanted)}
+
+
+def request(state: dict[str, Any], stored: StoredTensors, vocab_size: int) -> Request:
+    """Translates a sharded state dict, which stays as it is, and checks it against the checkpoint's index.
 
     Args:
-        state: what the model and the optimizer want, as sharded tensors; it stays as it is.
+        state: what the model and the optimizer want, as sharded tensors.
         stored: the checkpoint's index.
         vocab_size: number of real tokens; rows beyond are padding, and may be more or fewer in the checkpoint.
 
-    Returns:
-        The structure of ``state`` with tensors, without what was common.
-
     Raises:
-        CheckpointError: a tensor is missing, has another shape (names the tensor and both shapes) or cannot be read.
+        CheckpointError: a tensor is missing or has another shape; names the tensor and both shapes.
     """
-    wanted, result, factories = load_preprocess(state)
+    wanted, rest, factories = load_preprocess(state)
     wanted, _ = extract_sharded_base(wanted)
     wanted, absent = _split_off_absent_extra_state(wanted, stored)
+    merge(rest, absent)
     _rename_to(stored, wanted)
     _check_shapes(list(_sharded_tensors(wanted)), stored, vocab_size)
+    return Request(stored, wanted, rest, factories)
+
+
+def check_nothing_is_left(stored: StoredTensors, requested: set[str]) -> None:
+    """Refuses a checkpoint whose model has more tensors than all ranks together have asked for.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    left = sorted(key for key in stored.shapes.keys() - requested if stored.is_of_the_model(key))
+    if left:
+        more = f" (and {len(left) - 3} more)" if len(left) > 3 else ""
+        raise CheckpointError(
+            f"{stored.directory} is of another model: it has {', '.join(left[:3])}{more}, which has no place here. "
+            "Give the options of the run that wrote it, or load another checkpoint."
+        )
+
+
+def load_sharded(asked: Request) -> dict[str, Any]:
+    """Fills the sharded tensors from a checkpoint, at whatever layout it was written. Collective.
+
+    Returns:
+        The structure of the state dict with tensors, without what was common.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     try:
-        loaded = TorchDistLoadShardedStrategy().load(wanted, stored.directory)
+        loaded = TorchDistLoadShardedStrategy().load(asked.wanted, asked.stored.directory)
     except UNREADABLE as error:
-        raise _unreadable(f"the shards of {stored.directory}", error) from error
-    merge(result, loaded)
-    merge(result, absent)
-    return apply_factory_merges(result, factories)
+        raise _unreadable(f"the shards of {asked.stored.directory}", error) from error
+    return apply_factory_merges(merge(asked.rest, loaded), asked.factories)
 
 
 def _split_off_absent_extra_state(wanted: dict[str, Any], stored: StoredTensors) -> tuple[dict[str, Any], Any]:

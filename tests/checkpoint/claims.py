@@ -7,7 +7,7 @@ import resource
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,20 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_sip.checkpoint import SHARDING, CheckpointConfig, CheckpointManager, ModelIdentity, background, layout
+from megatron_sip.checkpoint import (
+    SHARDING,
+    CheckpointConfig,
+    CheckpointManager,
+    ModelIdentity,
+    background,
+    identity_of,
+    inspection,
+    layout,
+)
 from megatron_sip.distributed import ParallelConfig, ParallelContext, initialize
 from megatron_sip.errors import CheckpointError
+from megatron_sip.model.build import build_model
+from megatron_sip.model.config import ModelConfig
 from tests.checkpoint.trainee import VOCABULARY, Trainee, config_of, model_of
 
 IDENTITY = ModelIdentity(61, "tokenizer-a", {"num_layers": 2, "hidden_size": 32, "num_query_groups": 2})
@@ -50,8 +61,12 @@ def two_data_parallel_ranks(root: str) -> dict[str, Any]:
     report["saved"] = saver.save(3, trainee.state, COMMON)
     at_three = trainee.weights()
     quick = manager(context, f"{root}/async", async_save=True)
-    quick.save(3, trainee.state, COMMON)  # from here on training must not change what is being written
-    report["straight"] = trainee.train(3, 12)
+    trained_on = Path(root) / f"trained_on_{context.rank}"
+    with _writers_that_wait(trained_on.exists):
+        quick.save(3, trainee.state, COMMON)
+    report["straight"] = trainee.train(3, 12)  # must not change what is to be written
+    report["at_work"] = quick._pending is not None and quick._pending.writer.poll() is None
+    trained_on.touch()
     report["finished"] = quick.finish() and quick.last_saved == 3
     for name in ("story", "async"):
         resumed, loaded = _resume(context, f"{root}/{name}")
@@ -85,7 +100,7 @@ def _failures(context: ParallelContext, trainee: Trainee, root: str) -> dict[str
             quick = manager(context, path, async_save=True)
             quick.save(4, trainee.state, COMMON)
             messages[f"{name}_async"] = error_of(quick.finish)
-    with _writers_that_sleep():
+    with _writers_that_wait(lambda: False):
         quick = manager(context, path, async_save=True)
         quick.save(4, trainee.state, COMMON)
         if context.rank == 1:
@@ -133,8 +148,20 @@ def _refusals(context: ParallelContext, trainee: Trainee, root: str) -> dict[str
         "tokenizer": error_of(lambda: manager(context, root, ModelIdentity(61, "tokenizer-b")).load(trainee.state)),
         "vocabulary": error_of(lambda: manager(context, root, ModelIdentity(100)).load(wide.state)),
         "layers": error_of(lambda: manager(context, root, unknown, **weights).load(three_layers.state)),
+        "left": error_of(lambda: manager(context, root, unknown, **weights).load(_without_output_layer(trainee))),
         "step": error_of(lambda: manager(context, root, ckpt_step=2).load(trainee.state)),
     }
+
+
+def _without_output_layer(trainee: Trainee) -> Any:
+    """Asks for what a model with tied embeddings would ask for."""
+
+    def build(**options: Any) -> dict[str, Any]:
+        state = trainee.state(**options)
+        del state["model"]["output_layer.weight"]
+        return state
+
+    return build
 
 
 @contextmanager
@@ -149,9 +176,17 @@ def _largest_file(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _writers_that_sleep() -> Iterator[None]:
+def _writers_that_wait(ready: Callable[[], bool]) -> Iterator[None]:
+    """Background writers that start to write when ``ready`` says so, or after half a minute."""
     before = background.write_outcome
-    background.write_outcome = lambda planned: time.sleep(30)  # type: ignore[assignment,return-value]
+
+    def write_late(planned: Any) -> Any:
+        deadline = time.monotonic() + 30
+        while not ready() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return before(planned)
+
+    background.write_outcome = write_late
     try:
         yield
     finally:
@@ -196,6 +231,7 @@ def one_rank(root: str) -> dict[str, Any]:
         found = manager(context, f"{root}/story", **options).load(fresh.state)
         assert found is not None
         report[name] = (found.step, sorted(found.common), sorted(found.state), found.weights_only)
+    report["inspection"] = inspection.describe(Path(root) / "story", step=None)
     report["missing"] = manager(context, f"{root}/nothing").load(fresh.state)
     strict = manager(context, f"{root}/nothing", exit_on_missing_checkpoint=True)
     report["missing_strict"] = error_of(lambda: strict.load(fresh.state))
@@ -208,6 +244,7 @@ def one_rank(root: str) -> dict[str, Any]:
     report["other_padding"] = (list(padded.shape), torch.equal(padded[:61], table[:61]))
     report["reference"] = _reference(context, root)
     report["virtual"] = _weights_by_layer([_load_four_layers(context, f"{root}/virtual").model])
+    report["policy"] = _policy(context, f"{root}/virtual")
     report["damaged"] = _damage(context, f"{root}/story", fresh)
     report["megatron_lm"] = _megatron_lm(context, f"{root}/megatron_lm")
     return report
@@ -242,7 +279,9 @@ def virtual_stages(root: str) -> dict[str, Any]:
         ends = (context.is_first_stage and stage == 0, context.is_last_stage and stage == 1)
         chunks.append(model_of(config, VOCABULARY, *ends, virtual_stage=stage))
     state = {f"model{stage}": chunk.sharded_state_dict(metadata=SHARDING) for stage, chunk in enumerate(chunks)}
-    _save_like_megatron_lm(state, Path(root) / "virtual", step=7, args=Namespace(num_layers=4), context=context)
+    _save_like_megatron_lm(
+        state, Path(root) / "virtual", step=7, args=Namespace(num_layers=4, normalization="RMSNorm"), context=context
+    )
     return _weights_by_layer(chunks)
 
 
@@ -257,6 +296,28 @@ def _weights_by_layer(chunks: list[Any]) -> dict[str, Any]:
                 parts[2] = numbers[parts[2]]
             weights[".".join(parts)] = parameter.detach().tolist()
     return weights
+
+
+def _policy(context: ParallelContext, root: str) -> dict[str, Any]:
+    """The package's own model takes the weights that Megatron-Core's GPTModel was saved with."""
+    config = ModelConfig(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        make_vocab_size_divisible_by=8,
+    )
+    (policy,) = build_model(config, 61, context)
+
+    def build(*, is_loading: bool, with_optimizer: bool, metadata: Any) -> dict[str, Any]:
+        return {"model": policy.sharded_state_dict(metadata=dict(metadata))}
+
+    identity = identity_of(config.resolve(), 61, "")
+    loaded = manager(context, root, identity, finetune=True).load(build)
+    assert loaded is not None
+    policy.load_state_dict(loaded.state["model"], strict=True)
+    return _weights_by_layer([policy])
 
 
 def _load_four_layers(context: ParallelContext, root: str) -> Trainee:

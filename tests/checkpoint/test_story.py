@@ -49,7 +49,7 @@ def test_three_steps_and_nine_resumed_equal_twelve_straight_bit_for_bit(two: lis
 
 def test_async_save_holds_the_state_of_the_moment_it_was_asked_for(two: list[dict[str, Any]]) -> None:
     for report in two:
-        assert report["finished"]
+        assert report["at_work"] and report["finished"]
         assert report["async"]["at_load"] and report["async"]["losses"] == report["straight"]
         assert report["async"]["weights"]
 
@@ -95,6 +95,7 @@ def test_keep_last_keeps_two_of_the_checkpoints_that_the_interval_asks_for(two: 
         ("tokenizer", ["tokenizer is 'tokenizer-a' in it and 'tokenizer-b' here"]),
         ("vocabulary", ["vocab_size is 61 in it and 100 here"]),
         ("layers", ["decoder.layers.", "[2, 32] in it and [3, 32] here"]),
+        ("left", ["is of another model: it has output_layer.weight, which has no place here"]),
         ("step", ["iter_0000002 does not exist: whole checkpoints there: 3"]),
     ],
 )
@@ -160,6 +161,19 @@ def test_checkpoint_of_virtual_stages_loads_into_one_chunk(chain: dict[str, dict
     written, read = chain["virtual"], chain["one"]["virtual"]
     assert "decoder.layers.3.mlp.linear_fc1.weight" in written
     assert read == written
+
+
+def test_own_policy_takes_the_weights_of_a_plain_gpt_model(chain: dict[str, dict[str, Any]]) -> None:
+    assert chain["one"]["policy"] == chain["virtual"]
+
+
+def test_inspection_shows_step_model_and_tensors(chain: dict[str, dict[str, Any]]) -> None:
+    text = chain["one"]["inspection"]
+    assert "iter_0000009" in text and "step 9" in text and "TP 1 x PP 2 x DP 1" in text
+    assert "num_layers 2" in text and "tokenizer-a" in text
+    assert "embedding.word_embeddings.weight  [64, 32]" in text
+    # 64 * 32 twice, and per layer 64 * 32 + 32 * 32 + 96 * 32 + 32 * 48 + 2 * 32, and the final norm
+    assert "19,616 numbers in the model" in text
 
 
 def test_reference_is_loaded_where_there_is_one_and_left_out_where_not(chain: dict[str, dict[str, Any]]) -> None:
