@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sip.config.fields import option
+from megatron_sip.config.suggest import did_you_mean
 from megatron_sip.errors import ConfigurationError
 
 STREAMS = ("ntp", "suffix", "rewrite", "rollout")
@@ -135,9 +135,8 @@ def _number(text: str, what: str) -> float:
 def _check_keys(entry: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in entry:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
-            raise ConfigurationError(f"{where}: unknown key {key!r}: {hint}")
+            near = did_you_mean(str(key), list(known))
+            raise ConfigurationError(f"{where}: unknown key {key!r}{near}; there are {', '.join(known)}")
 
 
 def _real(value: Any, where: str, low: float, high: float = math.inf) -> float:

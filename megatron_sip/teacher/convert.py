@@ -1,0 +1,113 @@
+"""Between the run's types and the teacher's messages. Only the trainer imports this: it needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_sip.teacher.interfaces import (
+    IntArray,
+    JudgeGroup,
+    JudgeRequest,
+    JudgeResult,
+    Passage,
+    RewriteItem,
+    RewriteRequest,
+    RewriteResult,
+)
+from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Judgment, Sample
+
+Decode = Callable[[IntArray], str]
+Encode = Callable[[str], Sequence[int]]
+
+
+def judge_request(groups: Sequence[CandidateGroup], decode: Decode, learn: bool = True) -> JudgeRequest:
+    """Groups of candidates with their texts; the reference is the sample's suffix."""
+
+    def passage(tokens: IntArray) -> Passage:
+        return Passage(tokens, decode(tokens))
+
+    return JudgeRequest(
+        tuple(
+            JudgeGroup(
+                sample_id=group.sample.sample_id,
+                prefix=passage(group.sample.prefix),
+                reference=passage(group.sample.suffix),
+                candidates=tuple(passage(candidate.tokens) for candidate in group.candidates),
+                kinds=tuple(candidate.kind.value for candidate in group.candidates),
+            )
+            for group in groups
+        ),
+        learn=learn,
+    )
+
+
+def judgments(result: JudgeResult) -> list[Judgment]:
+    """One per group, in the order of the request."""
+    return [
+        Judgment(
+            scores=group.scores,
+            criteria=dict(group.criteria),
+            num_calls=group.num_calls,
+            num_failures=group.num_failures,
+            latency_s=group.latency_s,
+        )
+        for group in result.groups
+    ]
+
+
+def rewrite_request(samples: Sequence[Sample], decode: Decode) -> RewriteRequest:
+    return RewriteRequest(
+        tuple(
+            RewriteItem(
+                sample_id=sample.sample_id,
+                prefix=Passage(sample.prefix, decode(sample.prefix)),
+                suffix=Passage(sample.suffix, decode(sample.suffix)),
+            )
+            for sample in samples
+        )
+    )
+
+
+def rewrite_candidates(
+    result: RewriteResult, samples: Sequence[Sample], encode: Encode, max_tokens: int, eod: int | None = None
+) -> list[Candidate | None]:
+    """One candidate of at most ``max_tokens`` tokens per sample; None where there is no rewrite.
+
+    A copy keeps the suffix's tokens. A new text is encoded and cut; if the suffix ended its document (``eod``) and the
+    rewrite was not cut, so does the rewrite.
+    """
+    candidates: list[Candidate | None] = []
+    for rewrite, sample in zip(result.rewrites, samples, strict=True):
+        if rewrite.text is None:
+            candidates.append(None)
+            continue
+        tokens = np.asarray(sample.suffix if rewrite.copied else encode(rewrite.text), dtype=np.int64)[:max_tokens]
+        ended = eod is not None and len(sample.suffix) > 0 and int(sample.suffix[-1]) == eod
+        if ended and not rewrite.copied and 0 < len(tokens) < max_tokens:
+            tokens = np.append(tokens, sample.suffix[-1:])
+        candidates.append(Candidate(CandidateKind.REWRITE, tokens) if len(tokens) else None)
+    return candidates
+
+
+def rewriter_sums(samples: Sequence[Sample], candidates: Sequence[Candidate | None]) -> dict[str, tuple[float, float]]:
+    """``rewriter/exact_match`` and ``rewriter/token_overlap`` as (sum, count), ``rewriter/failed`` over all samples.
+
+    Token overlap: share of the suffix's tokens, as a multiset, that the rewrite holds too.
+    """
+    exact = overlap = count = 0.0
+    for sample, candidate in zip(samples, candidates, strict=True):
+        if candidate is None or not len(sample.suffix):
+            continue
+        count += 1
+        exact += float(np.array_equal(candidate.tokens, sample.suffix))
+        ids, wanted = np.unique(sample.suffix, return_counts=True)
+        given = np.array([np.count_nonzero(candidate.tokens == token) for token in ids])
+        overlap += float(np.minimum(wanted, given).sum()) / len(sample.suffix)
+    failed = float(sum(candidate is None for candidate in candidates))
+    return {
+        "rewriter/exact_match": (exact, count),
+        "rewriter/token_overlap": (overlap, count),
+        "rewriter/failed": (failed, float(len(candidates))),
+    }

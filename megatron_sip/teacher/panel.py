@@ -1,0 +1,226 @@
+"""The teacher of a run: asks the judges of each criterion, keeps their verdicts, weighs them together."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_sip.teacher.aggregate import mean_of_votes, weighted_total
+from megatron_sip.teacher.interfaces import (
+    FloatArray,
+    GroupVerdict,
+    Judge,
+    JudgeGroup,
+    JudgeRequest,
+    JudgeResult,
+    PairwiseJudge,
+    PointwiseJudge,
+    Question,
+    Rewriter,
+    RewriteRequest,
+    RewriteResult,
+    RunningJudge,
+    Verdict,
+)
+from megatron_sip.teacher.ledger import Ledger, LedgerEntry, LedgerKey
+from megatron_sip.teacher.schedule import Comparison, make_schedule
+
+
+@dataclass(frozen=True)
+class PanelSettings:
+    """How the panel asks; from TeacherConfig."""
+
+    weights: Mapping[str, float]
+    """Criterion -> weight in the total."""
+    pair_schedule: str
+    pair_pivot: str
+    pair_order: str
+    """"random": either option first, drawn per vote; "both": each vote asks both orders; "fixed": earlier first."""
+    votes: int
+
+
+@dataclass
+class _Tally:
+    """What was counted while a request was served."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    num_cached: int = 0
+    num_both_orders: int = 0
+    num_flips: int = 0
+
+
+@dataclass
+class _GroupTally:
+    num_calls: int = 0
+    num_failures: int = 0
+    num_comparisons: int = 0
+
+
+class Panel:
+    """Judges of each criterion and a rewriter behind one ``Teacher``. Groups are judged concurrently."""
+
+    def __init__(
+        self,
+        quality: PairwiseJudge | None,
+        pointwise: Sequence[PointwiseJudge],
+        rewriter: Rewriter,
+        settings: PanelSettings,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._quality = quality
+        self._pointwise = tuple(pointwise)
+        self._rewriter = rewriter
+        self._settings = settings
+        self._ledger = ledger
+        judges: list[Judge] = [*self._pointwise] if quality is None else [quality, *self._pointwise]
+        self._running: dict[str, RunningJudge] = {j.criterion: j for j in judges if isinstance(j, RunningJudge)}
+        self._order = asyncio.Lock()
+
+    async def judge(self, request: JudgeRequest) -> JudgeResult:
+        if not self._running:
+            return await self._judge(request)
+        # Running statistics make verdicts depend on the order of requests: that of submission (the lock is fair).
+        async with self._order:
+            if request.learn:
+                for judge in self._running.values():
+                    judge.observe(request.groups)
+            return await self._judge(request)
+
+    async def rewrite(self, request: RewriteRequest) -> RewriteResult:
+        return RewriteResult(tuple(await self._rewriter.rewrite(request.items)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {criterion: judge.state_dict() for criterion, judge in self._running.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for criterion, judge in self._running.items():
+            judge.load_state_dict(state.get(criterion, {}))
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+
+    async def _judge(self, request: JudgeRequest) -> JudgeResult:
+        tally = _Tally()
+        groups = await asyncio.gather(*(self._judge_group(group, tally) for group in request.groups))
+        return JudgeResult(
+            groups=tuple(groups),
+            num_cached=tally.num_cached,
+            num_both_orders=tally.num_both_orders,
+            num_flips=tally.num_flips,
+            latencies_s=np.array(tally.latencies_s),
+        )
+
+    async def _judge_group(self, group: JudgeGroup, tally: _Tally) -> GroupVerdict:
+        start, counts = time.perf_counter(), _GroupTally()
+        scored = await asyncio.gather(*(self._ask_pointwise(judge, group, tally, counts) for judge in self._pointwise))
+        criteria = {judge.criterion: scores for judge, scores in zip(self._pointwise, scored, strict=True)}
+        size, weights = len(group.candidates), self._settings.weights
+        if self._quality is not None:
+            pointwise = weighted_total(criteria, {c: weights[c] for c in criteria}, size)
+            offsets = pointwise / weights["quality"] if weights["quality"] else np.zeros(size)
+            criteria["quality"] = await self._ask_pairs(self._quality, group, offsets, tally, counts)
+        total = weighted_total(criteria, {c: weights[c] for c in criteria}, size)
+        latency = time.perf_counter() - start
+        return GroupVerdict(
+            total, criteria, counts.num_calls, counts.num_failures, counts.num_comparisons, latency_s=latency
+        )
+
+    async def _ask_pointwise(
+        self, judge: PointwiseJudge, group: JudgeGroup, tally: _Tally, counts: _GroupTally
+    ) -> FloatArray:
+        votes = self._settings.votes
+        questions = [Question(group, (c,), v) for c in range(len(group.candidates)) for v in range(votes)]
+        verdicts = await self._ask(judge, questions, tally, counts)
+        return np.array(
+            [mean_of_votes([v.score for v in verdicts[c * votes : (c + 1) * votes]]) for c in range(len(group.kinds))]
+        )
+
+    async def _ask_pairs(
+        self, judge: PairwiseJudge, group: JudgeGroup, offsets: FloatArray, tally: _Tally, counts: _GroupTally
+    ) -> FloatArray:
+        settings = self._settings
+        schedule = make_schedule(settings.pair_schedule, group.kinds, settings.pair_pivot, offsets)
+        # A schedule that asks a pair again wants new votes, not the old ones from the ledger.
+        asked: dict[tuple[int, int], int] = defaultdict(int)
+        while pairs := schedule.next_round():
+            questions, owners = [], []
+            for pair in pairs:
+                for _ in range(settings.votes):
+                    vote = asked[pair]
+                    asked[pair] += 1
+                    for options in self._presented(group.sample_id, pair, vote):
+                        questions.append(Question(group, options, vote))
+                        owners.append((pair, vote))
+            verdicts = await self._ask(judge, questions, tally, counts)
+            counts.num_comparisons += len(pairs)
+            wins: dict[tuple[int, int], dict[int, list[float]]] = {pair: defaultdict(list) for pair in pairs}
+            for question, (pair, vote), verdict in zip(questions, owners, verdicts, strict=True):
+                wins[pair][vote].append(verdict.score if question.options == pair else 1 - verdict.score)
+            for by_vote in wins.values():
+                self._count_flips(by_vote.values(), tally)
+            schedule.record(
+                [
+                    Comparison(*pair, win=mean_of_votes([mean_of_votes(v) for v in wins[pair].values()]))
+                    for pair in pairs
+                ]
+            )
+        return schedule.scores()
+
+    def _presented(self, sample_id: int, pair: tuple[int, int], vote: int) -> list[tuple[int, int]]:
+        first, second = pair
+        if self._settings.pair_order == "both":
+            return [(first, second), (second, first)]
+        if self._settings.pair_order == "random":
+            # Drawn from the question itself, so that it depends neither on the batch nor on the layout.
+            digest = hashlib.sha256(f"{sample_id} {first} {second} {vote}".encode()).digest()
+            if digest[0] & 1:
+                return [(second, first)]
+        return [(first, second)]
+
+    @staticmethod
+    def _count_flips(votes: Any, tally: _Tally) -> None:
+        """``votes``: per vote the wins of the same option, one entry per order."""
+        for wins in votes:
+            if len(wins) == 2 and np.isfinite(wins).all():
+                tally.num_both_orders += 1
+                tally.num_flips += wins[0] != wins[1]
+
+    async def _ask(
+        self, judge: Judge, questions: Sequence[Question], tally: _Tally, counts: _GroupTally
+    ) -> list[Verdict]:
+        """Verdicts from the ledger where it has them, the others from the judge, which are then kept."""
+        if self._ledger is None:
+            verdicts = list(await judge.ask(questions))
+            self._count(verdicts, tally, counts)
+            return verdicts
+        identity = judge.identity()
+        keys = [LedgerKey(judge.criterion, identity, judge.prompt_hash(q), q.vote) for q in questions]
+        found = self._ledger.find(keys)
+        open_questions = [i for i, verdict in enumerate(found) if verdict is None]
+        tally.num_cached += len(questions) - len(open_questions)
+        if open_questions:
+            new = await judge.ask([questions[i] for i in open_questions])
+            self._count(new, tally, counts)
+            self._ledger.add(
+                [
+                    LedgerEntry(keys[i], verdict, questions[i].group.sample_id, questions[i].options)
+                    for i, verdict in zip(open_questions, new, strict=True)
+                ]
+            )
+            for i, verdict in zip(open_questions, new, strict=True):
+                found[i] = verdict
+        return [verdict for verdict in found if verdict is not None]
+
+    @staticmethod
+    def _count(verdicts: Sequence[Verdict], tally: _Tally, counts: _GroupTally) -> None:
+        counts.num_calls += len(verdicts)
+        counts.num_failures += sum(bool(np.isnan(v.score)) for v in verdicts)
+        tally.latencies_s += [v.latency_s for v in verdicts]
