@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,31 +16,31 @@ from megatron_sip.teacher.interfaces import (
     RewriteRequest,
     RewriteResult,
 )
+from megatron_sip.tokenizer.base import Tokenizer
 from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Judgment, Sample
 
-Decode = Callable[[IntArray], str]
-Encode = Callable[[str], Sequence[int]]
+
+def judge_request(groups: Sequence[CandidateGroup], tokenizer: Tokenizer, learn: bool = True) -> JudgeRequest:
+    """Groups of candidates with their texts; the reference is the sample's suffix.
+
+    ``learn`` False (evaluation, probes) leaves running statistics of the judges as they are.
+    """
+    return JudgeRequest(tuple(_judge_group(group, tokenizer) for group in groups), learn=learn)
 
 
-def judge_request(groups: Sequence[CandidateGroup], decode: Decode, learn: bool = True) -> JudgeRequest:
-    """Groups of candidates with their texts; the reference is the sample's suffix."""
-
-    def passage(tokens: IntArray) -> Passage:
-        return Passage(tokens, decode(tokens))
-
-    return JudgeRequest(
-        tuple(
-            JudgeGroup(
-                sample_id=group.sample.sample_id,
-                prefix=passage(group.sample.prefix),
-                reference=passage(group.sample.suffix),
-                candidates=tuple(passage(candidate.tokens) for candidate in group.candidates),
-                kinds=tuple(candidate.kind.value for candidate in group.candidates),
-            )
-            for group in groups
-        ),
-        learn=learn,
+def _judge_group(group: CandidateGroup, tokenizer: Tokenizer) -> JudgeGroup:
+    prefix = group.sample.prefix
+    return JudgeGroup(
+        sample_id=group.sample.sample_id,
+        prefix=Passage(prefix, tokenizer.decode(prefix)),
+        reference=_continuation(prefix, group.sample.suffix, tokenizer),
+        candidates=tuple(_continuation(prefix, candidate.tokens, tokenizer) for candidate in group.candidates),
+        kinds=tuple(candidate.kind.value for candidate in group.candidates),
     )
+
+
+def _continuation(prefix: IntArray, tokens: IntArray, tokenizer: Tokenizer) -> Passage:
+    return Passage(tokens, tokenizer.decode_continuation(prefix, tokens))
 
 
 def judgments(result: JudgeResult) -> list[Judgment]:
@@ -57,13 +57,14 @@ def judgments(result: JudgeResult) -> list[Judgment]:
     ]
 
 
-def rewrite_request(samples: Sequence[Sample], decode: Decode) -> RewriteRequest:
+def rewrite_request(samples: Sequence[Sample], tokenizer: Tokenizer) -> RewriteRequest:
+    """Samples with their texts."""
     return RewriteRequest(
         tuple(
             RewriteItem(
                 sample_id=sample.sample_id,
-                prefix=Passage(sample.prefix, decode(sample.prefix)),
-                suffix=Passage(sample.suffix, decode(sample.suffix)),
+                prefix=Passage(sample.prefix, tokenizer.decode(sample.prefix)),
+                suffix=_continuation(sample.prefix, sample.suffix, tokenizer),
             )
             for sample in samples
         )
@@ -71,20 +72,21 @@ def rewrite_request(samples: Sequence[Sample], decode: Decode) -> RewriteRequest
 
 
 def rewrite_candidates(
-    result: RewriteResult, samples: Sequence[Sample], encode: Encode, max_tokens: int, eod: int | None = None
+    result: RewriteResult, samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens: int
 ) -> list[Candidate | None]:
     """One candidate of at most ``max_tokens`` tokens per sample; None where there is no rewrite.
 
-    A copy keeps the suffix's tokens. A new text is encoded and cut; if the suffix ended its document (``eod``) and the
-    rewrite was not cut, so does the rewrite.
+    A copy keeps the suffix's tokens. A new text is encoded as a continuation and cut; if the suffix ended its document
+    and the rewrite was not cut, so does the rewrite.
     """
     candidates: list[Candidate | None] = []
     for rewrite, sample in zip(result.rewrites, samples, strict=True):
         if rewrite.text is None:
             candidates.append(None)
             continue
-        tokens = np.asarray(sample.suffix if rewrite.copied else encode(rewrite.text), dtype=np.int64)[:max_tokens]
-        ended = eod is not None and len(sample.suffix) > 0 and int(sample.suffix[-1]) == eod
+        ids = sample.suffix if rewrite.copied else tokenizer.encode_continuation(rewrite.text)
+        tokens = np.asarray(ids, dtype=np.int64)[:max_tokens]
+        ended = len(sample.suffix) > 0 and int(sample.suffix[-1]) == tokenizer.eod_id
         if ended and not rewrite.copied and 0 < len(tokens) < max_tokens:
             tokens = np.append(tokens, sample.suffix[-1:])
         candidates.append(Candidate(CandidateKind.REWRITE, tokens) if len(tokens) else None)

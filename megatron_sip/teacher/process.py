@@ -231,7 +231,7 @@ def _spawn() -> tuple[subprocess.Popen[bytes], Connection]:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_sip.teacher.worker", str(theirs.fileno())],
+            [sys.executable, "-m", "megatron_sip.teacher.worker", str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,

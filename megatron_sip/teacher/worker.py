@@ -1,4 +1,4 @@
-"""The teacher process: ``python -m megatron_sip.teacher.worker FD``. Requests in, answers out, concurrently.
+"""The teacher process: ``python -m megatron_sip.teacher.worker FD PARENT_PID``. Requests in, answers out, concurrently.
 
 It dies with its parent: the socket then ends, and should another child of the parent hold the socket open, the parent's
 process number changes. SIGINT and SIGTERM are left to the parent, which may still need verdicts to finish its step.
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Hashable
 from multiprocessing.connection import Connection
@@ -23,10 +24,12 @@ from megatron_sip.teacher.messages import Answer, Close, Failure, GetState, Read
 _PARENT_CHECK_S = 1.0
 
 
-def main(fd: int) -> int:
+def main(fd: int, parent: int) -> int:
     """Serve until told to close. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A thread: it must see the parent end also while a judge keeps the event loop busy.
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     connection = Connection(fd)
     try:
         start = connection.recv()
@@ -57,7 +60,6 @@ async def _serve(connection: Connection, teacher: Teacher) -> None:
     loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Any]()
     reader = threading.Thread(target=_read, args=(connection, loop, inbox), daemon=True)
     reader.start()
-    watch = asyncio.create_task(_end_with_parent(os.getppid()))
     tasks: set[asyncio.Task[None]] = set()
     while True:
         message = await inbox.get()
@@ -73,7 +75,6 @@ async def _serve(connection: Connection, teacher: Teacher) -> None:
             raise message
         else:
             break
-    watch.cancel()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -97,9 +98,10 @@ def _read(connection: Connection, loop: asyncio.AbstractEventLoop, inbox: asynci
             return
 
 
-async def _end_with_parent(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
+    """``parent`` is told by the parent itself: asking here could come too late."""
     while os.getppid() == parent:
-        await asyncio.sleep(_PARENT_CHECK_S)
+        time.sleep(_PARENT_CHECK_S)
     os._exit(0)
 
 
@@ -128,4 +130,4 @@ def _handle_state(connection: Connection, teacher: Teacher, message: GetState | 
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

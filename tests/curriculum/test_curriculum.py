@@ -142,7 +142,7 @@ def test_weights_default_to_one_and_are_per_phase():
     ("config", "words"),
     [
         (CurriculumConfig(curriculum="ntp=0.5,rollout=0.4:10"), ["0.9", "sum to 1"]),
-        (CurriculumConfig(curriculum="nto:10; rollout"), ["'nto'", "'ntp'"]),
+        (CurriculumConfig(curriculum="nto:10; rollout"), ["'nto'", "did you mean ntp"]),
         (CurriculumConfig(curriculum="ntp:x; rollout"), ["'x'", "number"]),
         (CurriculumConfig(curriculum="ntp; rollout"), ["no number of steps"]),
         (CurriculumConfig(curriculum="ntp:10:speed=2"), ["'speed'", "ramp"]),
