@@ -27,6 +27,9 @@ class RankFailure(AssertionError):
 def run_ranks(world_size: int, target: str, payload: Any = None, timeout_s: float = 120.0) -> list[Any]:
     """Calls ``function(payload)`` of ``"module:function"`` on every rank, under torchrun's environment variables.
 
+    A rank joins its process groups once: joining again after ``shutdown()`` fails over Gloo. Layouts that differ only
+    in the model (virtual stages, sequence parallelism) can share a launch with ``dataclasses.replace(context, ...)``.
+
     Returns what the ranks returned, by rank (it must pickle; tensors are best turned into lists or NumPy arrays).
 
     Raises:

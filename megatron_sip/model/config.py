@@ -42,6 +42,8 @@ class ModelConfig:
     qk_layernorm: bool | None = option(None, help="RMSNorm on the heads of queries and keys [preset].")
     make_vocab_size_divisible_by: int = option(128, help="Pad the vocabulary to a multiple of this times TP.")
     init_method_std: float = option(0.02, help="Standard deviation of the initial weights.")
+    attention_dropout: float = option(0.0, help="Only 0: log-probs of a step must not depend on chance.")
+    hidden_dropout: float = option(0.0, help="Only 0, as above.")
     bf16: bool = option(False, help="Compute in bfloat16; the optimizer keeps float32 weights.")
     recompute_granularity: str | None = option(
         None, help="Recompute activations in the backward pass: attention only, or whole layers.",
@@ -95,6 +97,11 @@ class ModelConfig:
             raise ConfigurationError(
                 f"--kv-channels is {a.kv_channels} (hidden size / heads unless given), but RoPE turns pairs: "
                 "give an even number."
+            )
+        if self.attention_dropout or self.hidden_dropout:
+            raise ConfigurationError(
+                f"--attention-dropout {self.attention_dropout} and --hidden-dropout {self.hidden_dropout} must be 0: "
+                "log-probs of policy, reference and rollouts are compared with each other. Leave both out."
             )
         if self.recompute_num_layers < 1 or self.make_vocab_size_divisible_by < 1:
             raise ConfigurationError(

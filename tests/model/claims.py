@@ -47,6 +47,8 @@ def _variant(context: ParallelContext, config: ModelConfig, payload: dict[str, A
         "fresh_logits": fresh,
         "logits": _next_logits(chunks, context, probe.tokens, probe.positions, probe.layout.length),
         "moved_logits": _next_logits(chunks, context, probe.tokens, payload["moved"], probe.layout.length),
+        "sequence_parallel": context.config.sequence_parallel,
+        "refusal": _refusal_of_odd_rows(chunks[0], probe),
         "shapes": _shapes_at_the_output_layer(chunks, context, probe),
     }
     with without_sequence_parallel(chunks):
@@ -118,7 +120,8 @@ def _gradient_errors(
         for name, parameter in chunk.named_parameters():
             assert parameter.grad is not None, name
             gradient = parameter.grad.clone()
-            if getattr(parameter, "sequence_parallel", False):  # as Megatron's finalization does
+            of_heads = "q_layernorm" in name or "k_layernorm" in name
+            if getattr(parameter, "sequence_parallel", False) or of_heads:  # as Megatron's finalization does
                 dist.all_reduce(gradient, group=context.tp_group)
             expected = expected_part(name, chunk, gradients, config.resolve(), context)
             real, padding = gradient[: expected.shape[0]], gradient[expected.shape[0] :]
@@ -126,6 +129,17 @@ def _gradient_errors(
             if padding.numel():
                 errors[f"{stage}.{name} (padding)"] = float(padding.abs().max())
     return errors
+
+
+def _refusal_of_odd_rows(chunk: PolicyModel, probe: Rows) -> str:
+    if not chunk.config.sequence_parallel:
+        return ""
+    odd = probe.layout.length - 1
+    try:
+        chunk(probe.tokens[:, :odd], probe.positions[:, :odd], CausalPlan(), None)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
 
 
 def _shapes_at_the_output_layer(chunks: list[PolicyModel], context: ParallelContext, probe: Rows) -> Any:
@@ -140,6 +154,18 @@ def _shapes_at_the_output_layer(chunks: list[PolicyModel], context: ParallelCont
         chunk(probe.tokens, probe.positions, CausalPlan(), NextLogits(sources))
     handle.remove()
     return shapes[0]
+
+
+def first_logits(tokens: torch.Tensor) -> list[list[float]]:
+    """Logits of a fresh model for the first four positions of the first row, with another padding of the vocabulary."""
+    context = initialize(ParallelConfig(), seed=5)
+    chunk = build_model(ModelConfig(**{**ARCHITECTURE, "make_vocab_size_divisible_by": 100}), VOCAB_SIZE, context)[0]
+    positions = torch.arange(tokens.shape[1])[None]
+    with torch.no_grad():
+        logits = chunk(tokens[:1], positions, CausalPlan(), NextLogits(torch.arange(4)[None]))
+    assert logits.shape == (1, 4, 100)
+    result: list[list[float]] = logits[0, :, :VOCAB_SIZE].tolist()
+    return result
 
 
 def bfloat16_claims(payload: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,11 @@ def expected_part(
     if module == "mlp.linear_fc1.weight":
         halves = (weights[layer + f"mlp.{half}_proj.weight"].chunk(size)[rank] for half in ("gate", "up"))
         return torch.cat(tuple(halves))
+    if module in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
+        return weights[layer + f"self_attn.{module.removeprefix('self_attention.')[0]}_norm.weight"]
+    if module == "self_attention.linear_qkv.bias":
+        biases = [weights[layer + f"self_attn.{x}_proj.bias"].view(architecture.num_query_groups, -1) for x in "qkv"]
+        return torch.cat(biases, dim=1).flatten().chunk(size)[rank]
     if module == "self_attention.linear_qkv.weight":
         groups = architecture.num_query_groups
         q, k, v = (weights[layer + f"self_attn.{x}_proj.weight"] for x in "qkv")

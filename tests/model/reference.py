@@ -47,6 +47,27 @@ def make_llama(tied: bool = False) -> Any:
     return model
 
 
+def make_qwen() -> Any:
+    """A random Qwen 3: a Llama with RMSNorm on the heads of queries and keys, and here with biases on q, k and v."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(12)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        initializer_range=0.2, attention_bias=True, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("o_proj.bias"):
+                parameter.zero_()  # the policy has none there
+            elif "norm" in name or name.endswith("bias"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
 def reference_log_probs(model: Any, rows: Rows) -> torch.Tensor:
     """Log-probs [B, L] of every candidate as a sequence of its own with its prefix; 0 on padding."""
     result = torch.zeros_like(rows.coefficients)

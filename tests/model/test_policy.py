@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_sip.types import RowLayout
-from tests.model.reference import VOCAB_SIZE, make_llama, reference_gradients, reference_log_probs
+from tests.model.reference import VOCAB_SIZE, make_llama, make_qwen, reference_gradients, reference_log_probs
 from tests.model.rows import Rows, make_rows
 from tests.ranks import run_ranks
 
@@ -121,13 +121,17 @@ def test_gradients_of_shared_prefix_rows_equal_those_of_separate_sequences(runs:
             assert len(report["gradient_errors"]) >= 7
 
 
-def test_a_fresh_model_does_not_depend_on_the_layout(runs: list[list[dict[str, Any]]]) -> None:
-    from tests.distributed.single import in_a_process_without_torchrun
+@pytest.fixture(scope="module")
+def fresh_logits() -> np.ndarray:
+    return np.array(run_ranks(1, "tests.model.claims:first_logits", _probe().tokens)[0])
 
-    expected = np.array(in_a_process_without_torchrun("tests.model.fresh:first_logits", _probe().tokens.tolist()))
-    assert expected.std() > 0.01
+
+def test_a_fresh_model_does_not_depend_on_the_layout(
+    runs: list[list[dict[str, Any]]], fresh_logits: np.ndarray
+) -> None:
+    assert fresh_logits.std() > 0.01
     for reports in runs:
-        np.testing.assert_allclose(_whole_logits(reports, "fresh_logits")[0, :4], expected, atol=1e-5)
+        np.testing.assert_allclose(_whole_logits(reports, "fresh_logits")[0, :4], fresh_logits, atol=1e-5)
 
 
 def test_generation_without_sequence_parallelism_takes_rows_that_do_not_divide(
@@ -140,9 +144,37 @@ def test_generation_without_sequence_parallelism_takes_rows_that_do_not_divide(
         assert all(report["sequence_parallel_again"] for report in reports)
 
 
+def test_rows_that_do_not_divide_are_refused_under_sequence_parallelism(runs: list[list[dict[str, Any]]]) -> None:
+    for reports in runs:
+        for report in reports:
+            assert ("pad the prefix block" in report["refusal"]) == report["sequence_parallel"]
+
+
 def test_only_the_asked_positions_pass_through_the_output_layer(runs: list[list[dict[str, Any]]]) -> None:
     shapes = {report["shapes"] for reports in runs for report in reports} - {None}
     assert shapes <= {(3, 2, 32)}
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_head_norms_and_biases_score_and_learn_as_qwens(tensor_parallel_size: int) -> None:
+    qwen = make_qwen()
+    batches = [make_rows(8, RowLayout(prefix_block=8, num_candidates=2, candidate_block=4), [3, 8], VOCAB_SIZE)]
+    payload = {
+        "sizes": {"tensor_model_parallel_size": tensor_parallel_size},
+        "variants": [({}, {"qk_layernorm": True, "add_qkv_bias": True, "use_rope_scaling": False})],
+        "weights": dict(qwen.state_dict()),
+        "gradients": reference_gradients(qwen, batches),
+        "batches": batches,
+        "probe": _probe(),
+        "moved": _moved_positions(),
+    }
+    reports = [rank[0] for rank in run_ranks(tensor_parallel_size, "tests.model.claims:variants", payload)]
+    with torch.no_grad():
+        expected = qwen(_probe().tokens).logits.numpy()
+    np.testing.assert_allclose(_whole_logits(reports, "logits"), expected, atol=1e-4, rtol=1e-4)
+    for report in reports:
+        assert any("q_layernorm" in name for name in report["gradient_errors"])
+        assert max(report["gradient_errors"].values()) < 1e-4
 
 
 def test_tied_embeddings_score_and_learn_as_llamas() -> None:
