@@ -74,8 +74,8 @@ def main() -> None:
         show(report, time.monotonic() - started)
         if report.total_bytes < options.min_megabytes * 1e6:
             raise DataError(
-                f"only {report.total_bytes / 1e6:.1f} MB of text found, --min-megabytes {options.min_megabytes}: install "
-                "more packages, or add text by --text-dir"
+                f"only {report.total_bytes / 1e6:.1f} MB of text found, --min-megabytes {options.min_megabytes}: "
+                "install more packages, or add text by --text-dir"
             )
     except SIPError as error:
         sys.exit(f"gather_corpus: {error}")

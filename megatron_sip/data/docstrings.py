@@ -38,9 +38,7 @@ def docstring_groups(path: Path) -> list[str]:
     return [text for text in ("\n\n".join(group) for group in groups) if text]
 
 
-def _texts_of(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, nested: bool
-) -> list[str]:
+def _texts_of(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, nested: bool) -> list[str]:
     texts = []
     found = ast.get_docstring(node)
     if found and len(found) >= _MIN_DOCSTRING:

@@ -77,7 +77,7 @@ class _Piece:
 
 
 def find_sources(packages: Sequence[str]) -> list[_Source]:
-    """Python files of the packages, in an order that depends on their names only. Packages not installed are left out."""
+    """Python files of the packages, in an order that depends on names only. Packages not installed are left out."""
     found = []
     for package in packages:
         if package == STANDARD_LIBRARY:
@@ -124,7 +124,7 @@ def _text_files(folder: Path) -> Iterator[_Piece]:
 
 
 def _join_short(pieces: Iterable[_Piece], min_chars: int) -> Iterator[_Piece]:
-    """Neighbours of one package joined into documents of ``min_chars`` or more; a short rest of a package goes along."""
+    """Neighbours of one package joined into documents of ``min_chars`` or more; the rest of a package may be less."""
     waiting: list[_Piece] = []
 
     def joined(parts: Sequence[_Piece]) -> _Piece:
@@ -213,7 +213,8 @@ def _distribution(package: str, owners: Mapping[str, Sequence[str]]) -> SourceCo
         return SourceCount(".".join(map(str, sys.version_info[:3])), "PSF-2.0")
     for name in owners.get(package, ()):
         metadata = importlib.metadata.metadata(name)
-        terms = metadata.get("License-Expression") or metadata.get("License") or "see its metadata"
+        named = [metadata[name] for name in ("License-Expression", "License") if name in metadata]
+        terms = next((value for value in named if value.strip()), "see its metadata")
         return SourceCount(importlib.metadata.version(name), terms.splitlines()[0][:80])
     return SourceCount()
 

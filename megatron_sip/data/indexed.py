@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -129,7 +130,9 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove everything written so far."""
-        self._bin.close()
+        # On a full disk closing fails too: it writes what is still buffered, which nobody wants any more.
+        with suppress(OSError):
+            self._bin.close()
         for path in self._partials:
             path.unlink(missing_ok=True)
 

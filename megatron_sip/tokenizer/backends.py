@@ -189,7 +189,10 @@ class NullTokenizer(Tokenizer):
         self.fingerprint = vocabulary_fingerprint([b"null", str(self.vocab_size).encode()], self.eod_id)
 
     def encode(self, text: str) -> list[int]:
-        ids = [int(word) for word in text.split()]
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError as error:
+            raise DataError(f"NullTokenizer: the text must be numbers ({error})") from error
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise DataError(f"NullTokenizer: id {max(ids)} or {min(ids)} is outside 0..{self.eod_id}")
         return ids

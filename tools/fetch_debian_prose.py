@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Fetch prose from Debian packages and write it as text files, for tools/gather_corpus.py --text-dir.
+
+Needs a Debian or Ubuntu machine with apt; nothing is installed, and no root rights are needed. Each package keeps its
+own licence: see PACKAGES and the copyright file that is written beside the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import html
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.errors import DataError, SIPError
+
+
+def _gutenberg_novels(root: Path) -> Iterator[tuple[str, str]]:
+    """The novels of R's janeaustenr: R sources that hold one quoted string per line."""
+    for path in sorted(root.rglob("*.R")) + sorted(root.rglob("*.r")):
+        lines = re.findall(r'^\s*(?:c\()?"((?:[^"\\]|\\.)*)"[,)]*\s*$', path.read_text(encoding="utf-8"), re.M)
+        if len(lines) > 1000:
+            yield path.stem, "\n".join(line.replace('\\"', '"').replace("\\\\", "\\") for line in lines)
+
+
+def _plain(root: Path) -> Iterator[tuple[str, str]]:
+    """Text files, compressed or not."""
+    for path in sorted(root.rglob("*")):
+        name = path.name.removesuffix(".gz")
+        if path.is_file() and name.endswith((".txt", ".rst", ".text")) and name != "copyright":
+            raw = path.read_bytes()
+            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8", "replace")
+            yield "_".join(path.relative_to(root).with_name(name).parts[-3:]), html.unescape(text)
+
+
+PACKAGES: dict[str, tuple[str, Callable[[Path], Iterator[tuple[str, str]]]]] = {
+    "jargon-text": ("The Jargon File, public domain, 1.6 MB", _plain),
+    "python3.11-doc": ("Python's manual as reStructuredText, PSF licence, 11 MB", _plain),
+    "r-cran-janeaustenr": ("six novels, public domain, 4 MB", _gutenberg_novels),
+}
+
+
+def fetch(package: str, output_dir: Path) -> int:
+    """Download, unpack and extract one package; return the bytes of text written. Raises ``DataError``."""
+    extract = PACKAGES[package][1]
+    with tempfile.TemporaryDirectory() as scratch:
+        _run(["apt-get", "download", package], Path(scratch))
+        archive = next(Path(scratch).glob("*.deb"))
+        _run(["dpkg", "-x", str(archive), "tree"], Path(scratch))
+        root = Path(scratch) / "tree"
+        folder = output_dir / package
+        folder.mkdir(parents=True, exist_ok=True)
+        num_bytes = 0
+        for name, text in extract(root):
+            num_bytes += (folder / f"{name.removesuffix('.txt')}.txt").write_text(text, encoding="utf-8")
+        for notice in root.glob("usr/share/doc/*/copyright"):
+            shutil.copyfile(notice, folder / "copyright")
+    if not num_bytes:
+        raise DataError(f"{package}: no text found in it; its layout has changed, leave it out with --packages")
+    return num_bytes
+
+
+def _run(command: list[str], folder: Path) -> None:
+    if shutil.which(command[0]) is None:
+        raise DataError(f"{command[0]} is not installed: this tool needs Debian or Ubuntu")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DataError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}; try apt-get update first")
+
+
+def main() -> None:
+    """Fetch the packages named and say what each gave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for <package>/*.txt")
+    listing = "; ".join(f"{name}: {about}" for name, (about, _) in PACKAGES.items())
+    parser.add_argument("--packages", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help=listing)
+    options = parser.parse_args()
+    for package in options.packages:
+        try:
+            print(f"{package}: {fetch(package, options.output_dir) / 1e6:.1f} MB of text")
+        except SIPError as error:
+            sys.exit(f"fetch_debian_prose: {error}")
+
+
+if __name__ == "__main__":
+    main()
