@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -47,6 +48,9 @@ class _Help(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(super(_Help, self)._fill_text(part, width, indent) for part in text.split("\n"))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         # "TEXT ..." in place of "[TEXT ...]".
@@ -160,7 +164,10 @@ def _help_text(option: Option) -> str:
         notes += ["default: on"] if option.default else []
     elif option.default not in (None, "", (), [], {}):
         notes.append(f"default: {_short(to_plain(option.default))}")
-    text = option.help.removesuffix(".") + (f" [{'; '.join(notes)}]" if notes else "")
+    first = option.help.split(" ", 1)[0].rstrip(":,")
+    # Sections are written by many hands: all start with a capital, but for the names of values.
+    start = option.help if first in _choices(option) or "_" in first else option.help[:1].upper() + option.help[1:]
+    text = start.removesuffix(".") + (f" [{'; '.join(notes)}]" if notes else "")
     return text.replace("%", "%%")
 
 

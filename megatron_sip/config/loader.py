@@ -158,7 +158,8 @@ def _flatten(mapping: Mapping[Any, Any], schema: Schema, source: str) -> dict[st
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
         section = schema.section(name) if name else None
-        if section is not None and (isinstance(value, Mapping) or value is None) and name not in schema.options:
+        # A section may share its name with one of its options (curriculum, objective): a mapping means the section.
+        if section is not None and (isinstance(value, Mapping) or value is None):
             for inner_key, inner_value in (value or {}).items():
                 inner = str(inner_key).replace("-", "_")
                 if inner not in {option.name for option in section.options}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -104,6 +104,10 @@ def read_schema(root: type) -> Schema:
             first = options[option.name].section
             raise TypeError(f"option {option.name!r} is in section {first!r} and in section {option.section!r}")
         options[option.name] = option
+    for section in sections:
+        clash = options.get(section.name)
+        if clash is not None and get_origin(without_none(clash.annotation)) in (dict, Mapping):
+            raise TypeError(f"option {clash.name!r} takes a mapping, and so does the section of that name")
     return Schema(root, tuple(sections), options, _flags(options))
 
 
@@ -136,5 +140,5 @@ def _flags(options: dict[str, Option]) -> dict[str, tuple[Option, bool]]:
 def _title(config_class: type) -> str:
     """First sentence of the class's docstring, for the heading of its group in ``--help``."""
     # A dataclass without a docstring gets its signature as one, which is no title.
-    text = (inspect.getdoc(config_class) or "").strip().split("\n\n")[0].replace("\n", " ")
-    return "" if text.startswith(f"{config_class.__name__}(") else text.removesuffix(".")
+    text = (inspect.getdoc(config_class) or "").strip().split("\n\n")[0].replace("\n", " ").replace("``", "")
+    return "" if text.startswith(f"{config_class.__name__}(") else text.split(". ")[0].removesuffix(".")

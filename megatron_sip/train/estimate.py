@@ -8,57 +8,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sip.model.presets import Architecture
+
 BYTES_FP32 = 4
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A Llama-style dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout."""
+def stage_parameters(arch: Architecture, vocab_rows: int, stage: int, pp: int, tp: int = 1) -> int:
+    """Parameters on one tensor-parallel rank of pipeline stage ``stage`` (from 0); norms are on each rank.
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    """Rows of the embedding; padded or not, as the caller wants to count."""
-    tied_embeddings: bool = False
-    qk_norm: bool = False
-    qkv_bias: bool = False
+    ``vocab_rows``: rows of the padded embedding. A tied embedding has a copy on the last stage.
+    """
+    count = arch.num_layers // pp * _layer_parameters(arch, tp)
+    embedding = vocab_rows * arch.hidden_size // tp
+    is_first, is_last = stage == 0, stage == pp - 1
+    if is_first:
+        count += embedding
+    if is_last:
+        count += arch.hidden_size
+        if arch.untie_embeddings_and_output_weights or not is_first:
+            count += embedding
+    return count
 
-    def layer_parameters(self, tp: int = 1) -> int:
-        """Parameters of one layer on one of ``tp`` tensor-parallel ranks; norms are on each of them."""
-        heads, groups = self.num_attention_heads, self.num_query_groups
-        qkv_width = (heads + 2 * groups) * self.head_dim
-        matrices = self.hidden_size * (qkv_width + heads * self.head_dim + 3 * self.ffn_hidden_size)
-        biases = qkv_width if self.qkv_bias else 0
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        return (matrices + biases) // tp + norms
 
-    def embedding_parameters(self, tp: int = 1) -> int:
-        """Parameters of the embedding, or of an output layer of its own."""
-        return self.vocab_size * self.hidden_size // tp
-
-    def stage_parameters(self, stage: int, pp: int, tp: int = 1) -> int:
-        """Parameters on one rank of pipeline stage ``stage``, from 0. A tied embedding has a copy on the last stage."""
-        count = self.num_layers // pp * self.layer_parameters(tp)
-        is_first, is_last = stage == 0, stage == pp - 1
-        if is_first:
-            count += self.embedding_parameters(tp)
-        if is_last:
-            count += self.hidden_size
-            if not (self.tied_embeddings and is_first):
-                count += self.embedding_parameters(tp)
-        return count
-
-    @property
-    def total_parameters(self) -> int:
-        """Parameters of the model, each counted once."""
-        copies = 1 if self.tied_embeddings else 2
-        return (
-            self.num_layers * self.layer_parameters() + copies * self.embedding_parameters() + self.hidden_size
-        )
+def _layer_parameters(arch: Architecture, tp: int) -> int:
+    query = arch.num_attention_heads * arch.kv_channels
+    qkv = query + 2 * arch.num_query_groups * arch.kv_channels
+    split = arch.hidden_size * (qkv + query + 3 * arch.ffn_hidden_size) + (qkv if arch.add_qkv_bias else 0)
+    norms = 2 * arch.hidden_size + (2 * arch.kv_channels if arch.qk_layernorm else 0)
+    return split // tp + norms
 
 
 @dataclass(frozen=True)
@@ -94,6 +71,8 @@ class Workload:
     """Rows x row length of the largest micro-batch."""
     scored_positions: int
     """Rows x scored positions of the micro-batch with the most of them: each has logits."""
+    vocab_rows: int
+    """Rows of the padded embedding."""
     micro_batches: int
     """Micro-batches of one schedule call on one replica."""
     full_recompute: bool
@@ -101,8 +80,8 @@ class Workload:
     """Prefix and rollout tokens whose keys and values stand in the cache at once; 0 without rollouts."""
     decode_rows: int
     """Sequences decoded at once."""
-    reference: str
-    """"device", "host" or "none"."""
+    reference_weight_bytes: int
+    """Bytes per weight of the reference on the device: 0 without one, or if it waits on the host."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +111,8 @@ class RankMemory:
 
 
 def rank_memory(arch: Architecture, layout: Layout, precision: Precision, work: Workload, stage: int) -> RankMemory:
-    """Estimate the bytes of one rank of pipeline stage ``stage``; ``arch.vocab_size`` is the padded one."""
-    count = arch.stage_parameters(stage, layout.pp, layout.tp)
+    """Estimate the bytes of one rank of pipeline stage ``stage``."""
+    count = stage_parameters(arch, work.vocab_rows, stage, layout.pp, layout.tp)
     weights = count * precision.weight
     shards = layout.dp if layout.distributed_optimizer else 1
     is_last = stage == layout.pp - 1
@@ -143,9 +122,9 @@ def rank_memory(arch: Architecture, layout: Layout, precision: Precision, work: 
         weights=weights,
         gradients=count * precision.gradient,
         optimizer=-(-count * precision.optimizer // shards),
-        reference=weights if work.reference == "device" else 0,
+        reference=count * work.reference_weight_bytes,
         activations=_activation_bytes(arch, layout, precision, work, stage),
-        logits=_logit_bytes(arch, layout, precision, work.scored_positions) if is_last else 0,
+        logits=_logit_bytes(layout, precision, work) if is_last else 0,
         kv_cache=_cache_bytes(arch, layout, precision, work, is_last),
     )
 
@@ -156,8 +135,8 @@ def _activation_bytes(arch: Architecture, layout: Layout, precision: Precision, 
     # Kept by a layer, in numbers per token: residuals and norm outputs (split by sequence parallel alone) ...
     whole = 4 * arch.hidden_size // (layout.tp if layout.sequence_parallel else 1)
     # ... and q, k, v, the attention's output, the two halves of SwiGLU and their product (split by tensor parallel).
-    qkv = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
-    split = (qkv + arch.num_attention_heads * arch.head_dim + 3 * arch.ffn_hidden_size) // layout.tp
+    qkv = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
+    split = (qkv + arch.num_attention_heads * arch.kv_channels + 3 * arch.ffn_hidden_size) // layout.tp
     layer = tokens * (whole + split) * width
     layers = arch.num_layers // layout.pp
     in_flight = min(layout.pp - stage, work.micro_batches)
@@ -169,23 +148,12 @@ def _activation_bytes(arch: Architecture, layout: Layout, precision: Precision, 
     return round(layers * layer * in_flight * interleaved)
 
 
-def _logit_bytes(arch: Architecture, layout: Layout, precision: Precision, positions: int) -> int:
-    """Logits, their fp32 softmax kept for the backward pass, and the gradient."""
-    return positions * arch.vocab_size // layout.tp * (2 * precision.weight + BYTES_FP32)
+def _logit_bytes(layout: Layout, precision: Precision, work: Workload) -> int:
+    """Logits and their gradient in the model's precision, and one fp32 copy while the loss is computed."""
+    return work.scored_positions * work.vocab_rows // layout.tp * (2 * precision.weight + BYTES_FP32)
 
 
 def _cache_bytes(arch: Architecture, layout: Layout, precision: Precision, work: Workload, is_last: bool) -> int:
-    per_token = 2 * arch.num_query_groups * arch.head_dim // layout.tp * (arch.num_layers // layout.pp)
-    logits = work.decode_rows * arch.vocab_size // layout.tp * BYTES_FP32 if is_last else 0
+    per_token = 2 * arch.num_query_groups * arch.kv_channels // layout.tp * (arch.num_layers // layout.pp)
+    logits = work.decode_rows * work.vocab_rows // layout.tp * BYTES_FP32 if is_last else 0
     return work.cached_tokens * per_token * precision.weight + logits
-
-
-def pad_vocabulary(vocab_size: int, divisor: int, tp: int) -> int:
-    """Rows of the embedding after padding, so that each tensor-parallel rank has the same number of them."""
-    multiple = divisor * tp
-    return -(-vocab_size // multiple) * multiple
-
-
-def all_pairs(num_candidates: int) -> int:
-    """Comparisons of each candidate with each other one: n (n - 1) / 2."""
-    return num_candidates * (num_candidates - 1) // 2
