@@ -65,7 +65,7 @@ def read_command_line(
     Raises:
         ConfigurationError: an unknown flag, a flag without its value, or a word that belongs to no flag.
     """
-    if clash := _RESERVED & schema.flags.keys():
+    if clash := (_RESERVED | {"--base"}) & schema.flags.keys():
         raise TypeError(f"{sorted(clash)} are flags of the machinery itself; rename the option")
     parser = _build_parser(schema, prog, description, version)
     if "--help" in argv or "-h" in argv:
@@ -84,7 +84,7 @@ def _build_parser(schema: Schema, prog: str | None, description: str, version: s
         formatter_class=_Help, allow_abbrev=False, add_help=False,
     )  # fmt: skip
     group = parser.add_argument_group("recipes and help")
-    recipe = "recipe with any of the options below as keys; may be repeated, the last one wins"
+    recipe = "recipe with any of the options below as keys; its key base names a recipe to start from; may be repeated"
     effective = "print the effective configuration as a recipe, with the source of each value, and exit"
     group.add_argument("--config", action="append", default=[], metavar="YAML", help=recipe)
     group.add_argument("--print-config", action="store_true", help=effective)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,6 +18,9 @@ from megatron_sip.config.yaml_text import dump_entry, read_yaml
 from megatron_sip.errors import ConfigurationError
 
 Root = TypeVar("Root")
+
+BASE = "base"
+"""Key of a recipe that names another one, relative to it, whose values hold where it says nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def load_with_sources(
     line = read_command_line(schema, argv, prog=prog, description=description, version=version)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for path in line.recipes:
-        for name, value in _flatten(read_yaml(path), schema, str(path)).items():
+    for path, mapping in (part for recipe in line.recipes for part in _with_bases(recipe, ())):
+        for name, value in _flatten(mapping, schema, str(path)).items():
             values[name] = _convert(value, schema.options[name], f"{path}: {name}", textual=False)
             sources[name] = path.name
     for name, words in line.words.items():
@@ -144,6 +147,19 @@ def to_yaml(config: Any, sources: Mapping[str, str] | None = None) -> str:
 def save_yaml(config: Any, path: Path) -> None:
     """Write the effective config where the run keeps its results."""
     path.write_text(to_yaml(config), encoding="utf-8")
+
+
+def _with_bases(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[Any, Any]]]:
+    """The recipe in ``path`` after the one that its key ``base`` names, and that one's base before it."""
+    if path in above:
+        raise ConfigurationError(f"{path}: it is its own base, by way of {' and '.join(map(str, above))}")
+    mapping = read_yaml(path)
+    base = mapping.pop(BASE, None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigurationError(f"{path}: {BASE} must be the name of a recipe beside this one, not {base!r}")
+    if base is not None:
+        yield from _with_bases(path.parent / base, (*above, path))
+    yield path, mapping
 
 
 def _flatten(mapping: Mapping[Any, Any], schema: Schema, source: str) -> dict[str, Any]:

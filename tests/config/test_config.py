@@ -165,6 +165,22 @@ def test_flags_win_over_yaml_and_a_later_recipe_over_an_earlier_one(tmp_path: Pa
     }  # fmt: skip
 
 
+def test_a_recipe_stands_on_its_base(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "bottom.yaml").write_text("name: bottom\nlr: 1\ntrain_iters: 5")
+    (tmp_path / "middle.yaml").write_text("base: bottom.yaml\nname: middle\nlr: 2")
+    (tmp_path / "deep" / "top.yaml").write_text("base: ../middle.yaml\nname: top")
+    loaded = load_with_sources(Root, ["--config", str(tmp_path / "deep" / "top.yaml")])
+    assert (loaded.config.data.name, loaded.config.optimizer.lr, loaded.config.data.train_iters) == ("top", 2.0, 5)
+    assert loaded.sources == {"name": "top.yaml", "lr": "middle.yaml", "train_iters": "bottom.yaml"}
+    (tmp_path / "bottom.yaml").write_text("base: middle.yaml")
+    assert "its own base" in message(["--config", str(tmp_path / "middle.yaml")])
+    (tmp_path / "bottom.yaml").write_text("base: none.yaml")
+    assert "none.yaml: cannot read it" in message(["--config", str(tmp_path / "bottom.yaml")])
+    (tmp_path / "bottom.yaml").write_text("base: [a]")
+    assert "base must be the name of a recipe" in message(["--config", str(tmp_path / "bottom.yaml")])
+
+
 def test_the_last_of_a_switch_and_its_opposite_wins() -> None:
     assert load(Root, ["--bf16", "--no-bf16"]).optimizer.bf16 is False
     assert load(Root, ["--no-load-optim", "--load-optim"]).optimizer.no_load_optim is False

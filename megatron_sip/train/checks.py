@@ -1,0 +1,260 @@
+"""What the sections of a configuration must agree on, before any process group starts.
+
+``check_sections`` needs nothing but the configuration, ``check_layout`` the world size, ``find_missing`` the disk.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sip.checkpoint.layout import resolve
+from megatron_sip.curriculum import Curriculum
+from megatron_sip.data.config import parse_blend
+from megatron_sip.errors import CheckpointError, ConfigurationError
+
+if TYPE_CHECKING:
+    from megatron_sip.train.config import TrainConfig
+
+_PATH_OPTIONS = ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path")
+_TOKENIZER_PACKAGES = {
+    "SentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
+    "HuggingFaceTokenizer": "transformers",
+    "TikTokenizer": "tiktoken",
+}
+
+
+def check_sections(config: TrainConfig) -> None:
+    """Raise ConfigurationError for sections that do not fit each other."""
+    _check_model(config)
+    _check_schedule(config)
+    _check_data(config)
+    if trains_on(config, "rollout"):
+        _check_candidates(config)
+        _check_objective(config)
+    _check_judge(config)
+
+
+def check_layout(config: TrainConfig, world_size: int) -> Curriculum:
+    """Raise ConfigurationError unless ``world_size`` ranks can share the work; returns the curriculum for them."""
+    training = config.training
+    dp = config.parallel.data_parallel_size(world_size)
+    for stream, flag in (("ntp", "micro-batch-size"), ("default", "rollout-micro-batch-size")):
+        rows = training.stream_micro_batch_sizes[stream]
+        is_used = trains_on(config, "ntp") if stream == "ntp" else _trains_on_suffixes(config)
+        if is_used and training.global_batch_size % (dp * rows):
+            raise ConfigurationError(
+                f"--global-batch-size {training.global_batch_size} is not divisible by data-parallel size {dp} x "
+                f"--{flag} {rows} = {dp * rows}: make it a multiple of {dp * rows}, or change the micro-batch size or "
+                f"the {world_size} ranks"
+            )
+    return Curriculum(config.curriculum, training.global_batch_size, dp, training.stream_micro_batch_sizes)
+
+
+def trains_on(config: TrainConfig, stream: str) -> bool:
+    """Whether some phase of the curriculum trains on ``stream``."""
+    return any(phase.shares[stream] > 0 for phase in config.curriculum.parsed())
+
+
+def uses_judge(config: TrainConfig) -> bool:
+    """Whether the run ever asks the judge: to choose, for a trigger, or in a probe."""
+    judged = trains_on(config, "rollout") and config.preference.needs_judge
+    return judged or _has_trigger(config) or config.training.probe_interval > 0
+
+
+def uses_rewriter(config: TrainConfig) -> bool:
+    """Whether the run ever asks for rewrites."""
+    return trains_on(config, "rewrite") or (config.rollout.pool.rewrite and trains_on(config, "rollout"))
+
+
+def find_missing(config: TrainConfig) -> list[str]:
+    """What the run needs and this machine lacks: files, packages, checkpoints. One line each."""
+    return [
+        *_missing_corpora(config),
+        *_missing_tokenizer(config),
+        *_missing_teacher(config),
+        *_missing_checkpoints(config),
+    ]
+
+
+def require_present(config: TrainConfig) -> None:
+    """Raise ConfigurationError for the first thing that ``find_missing`` finds."""
+    missing = find_missing(config)
+    if missing:
+        more = f" (and {len(missing) - 1} more: --dry-run lists all)" if len(missing) > 1 else ""
+        raise ConfigurationError(missing[0] + more)
+
+
+def _has_trigger(config: TrainConfig) -> bool:
+    return any(phase.wait_for is not None for phase in config.curriculum.parsed())
+
+
+def _trains_on_suffixes(config: TrainConfig) -> bool:
+    return any(trains_on(config, stream) for stream in ("suffix", "rewrite", "rollout"))
+
+
+def _check_model(config: TrainConfig) -> None:
+    model, parallel = config.model.resolve(), config.parallel
+    config.model.validate_tensor_parallel(parallel.tensor_model_parallel_size)
+    parallel.num_virtual_stages(model.num_layers)
+    if config.data.seq_length > model.max_position_embeddings:
+        raise ConfigurationError(
+            f"--seq-length {config.data.seq_length} is more than the {model.max_position_embeddings} positions of the "
+            "model: lower it or raise --max-position-embeddings"
+        )
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    engine, training = config.engine, config.training
+    decay_iters = engine.lr_decay_iters or training.train_iters
+    if engine.lr_decay_style != "constant" and engine.lr_warmup_iters >= decay_iters:
+        raise ConfigurationError(
+            f"--lr-warmup-iters {engine.lr_warmup_iters} leaves nothing of the {decay_iters} iterations of the "
+            "schedule (--lr-decay-iters, else --train-iters): lower it"
+        )
+    longest = config.rollout.rollout_max_new_tokens
+    if longest is not None and longest > config.data.suffix_length:
+        raise ConfigurationError(
+            f"--rollout-max-new-tokens {longest} is more than the candidate block of --suffix-length "
+            f"{config.data.suffix_length}: lower it or raise --suffix-length"
+        )
+    if training.lookahead > 0:
+        raise ConfigurationError(
+            f"--lookahead is {training.lookahead}: this version collects verdicts within the step, give 0"
+        )
+    if training.on_late_judgment != "wait":
+        raise ConfigurationError(
+            f"--on-late-judgment is {training.on_late_judgment}: without --lookahead there is only wait"
+        )
+
+
+def _check_data(config: TrainConfig) -> None:
+    data, training = config.data, config.training
+    if not data.data_path:
+        raise ConfigurationError("--data-path is missing: name a corpus, as tools/preprocess_data.py writes them")
+    wants_validation = training.eval_iters > 0 and training.eval_interval > 0
+    if wants_validation and not data.valid_data_path:
+        raise ConfigurationError(
+            f"--eval-iters {training.eval_iters} needs a --valid-data-path: name one, or give --eval-iters 0"
+        )
+    if (training.probe_interval > 0 or _has_trigger(config)) and not data.valid_data_path:
+        raise ConfigurationError(
+            "probes (--probe-interval, or a phase that waits for a win rate) need held-out prefixes: give "
+            "--valid-data-path"
+        )
+    trained = set(parse_blend(data.data_path)[0])
+    for name in _PATH_OPTIONS[1:]:
+        flag = f"--{name.replace('_', '-')}"
+        shared = trained.intersection(parse_blend(getattr(data, name), flag)[0])
+        if shared:
+            raise ConfigurationError(
+                f"{flag} {min(shared)} is also in --data-path: split the corpus, or what is learned is what is tested"
+            )
+
+
+def _check_candidates(config: TrainConfig) -> None:
+    pool, preference = config.rollout.pool, config.preference
+    kinds = {kind.value for kind in pool.kinds}
+    for kind in preference.fixed_order:
+        if kind.value not in kinds:
+            raise ConfigurationError(
+                f"--preference-rule {preference.preference_rule} needs a {kind.value}, but --candidates are {pool}: "
+                f"add {kind.value}"
+            )
+    if preference.needs_judge and pool.num_candidates < 2:
+        raise ConfigurationError(
+            f"--candidates {pool} leaves a judge nothing to choose from: name at least 2, or learn from the one by "
+            f"--preference-rule {min(kinds)}"
+        )
+
+
+def _check_objective(config: TrainConfig) -> None:
+    objective, preference = config.objective, config.preference
+    if objective.objective == "online_dpo" and preference.num_candidates != 2:
+        raise ConfigurationError(
+            f"--objective online_dpo compares two candidates, but --preference-rule {preference.preference_rule} keeps "
+            "one: give --preference-rule best_vs_worst (or a fixed order A>B), or --objective rf_nll"
+        )
+    if objective.objective == "rf_nll" and preference.num_candidates != 1:
+        raise ConfigurationError(
+            f"--objective rf_nll learns from one candidate, but --preference-rule {preference.preference_rule} keeps "
+            "two: give --preference-rule best (or one kind), or --objective online_dpo"
+        )
+    if objective.objective == "rf_nll" and objective.reference_policy in ("synced", "ema"):
+        raise ConfigurationError(
+            f"--reference-policy {objective.reference_policy} has no use with --objective rf_nll: leave it out"
+        )
+
+
+def _check_judge(config: TrainConfig) -> None:
+    kinds = {kind.value for kind in config.rollout.pool.kinds}
+    teacher = config.teacher
+    if uses_judge(config) and teacher.judge_quality_weight and not teacher.judge_model:
+        raise ConfigurationError(
+            "--judge-model is missing: fit the quality judge with tools/fit_judge.py, or give --judge-quality-weight 0"
+        )
+    if uses_judge(config) and teacher.pair_schedule == "pivot" and teacher.pair_pivot not in kinds:
+        raise ConfigurationError(
+            f"--pair-schedule pivot compares with a {teacher.pair_pivot}, but --candidates are {config.rollout.pool}: "
+            f"add {teacher.pair_pivot}, or give another --pair-pivot"
+        )
+    if _has_trigger(config) and "rollout" not in kinds:
+        raise ConfigurationError(
+            f"a phase waits for a win rate of rollouts, but --candidates are {config.rollout.pool}: add rollout:K"
+        )
+    if (_has_trigger(config) or config.training.probe_interval > 0) and not config.preference.needs_judge:
+        raise ConfigurationError(
+            f"--preference-rule {config.preference.preference_rule} asks no judge, so that no probe can find who wins: "
+            "drop --probe-interval and wait_for, or give best_vs_worst or best"
+        )
+
+
+def _missing_corpora(config: TrainConfig) -> Iterator[str]:
+    for name in _PATH_OPTIONS:
+        flag = f"--{name.replace('_', '-')}"
+        for prefix in parse_blend(getattr(config.data, name), flag)[0]:
+            for suffix in (".bin", ".idx"):
+                if not Path(prefix + suffix).is_file():
+                    yield f"{flag}: no file {prefix}{suffix}; write it with tools/preprocess_data.py"
+
+
+def _missing_tokenizer(config: TrainConfig) -> Iterator[str]:
+    tokenizer = config.tokenizer
+    package = _TOKENIZER_PACKAGES.get(tokenizer.tokenizer_type)
+    if package is not None and importlib.util.find_spec(package) is None:
+        yield f"--tokenizer-type {tokenizer.tokenizer_type}: package {package} is not installed; pip install {package}"
+    path = tokenizer.tokenizer_model if tokenizer.tokenizer_type != "NullTokenizer" else None
+    # A Hugging Face tokenizer may also be a name that its library knows.
+    if path is not None and tokenizer.tokenizer_type != "HuggingFaceTokenizer" and not Path(path).is_file():
+        yield f"--tokenizer-model: no file {path}"
+
+
+def _missing_teacher(config: TrainConfig) -> Iterator[str]:
+    teacher = config.teacher
+    judges = uses_judge(config) and teacher.judge_quality_weight > 0
+    if judges and teacher.judge_model and not Path(teacher.judge_model).is_file():
+        yield f"--judge-model: no file {teacher.judge_model}; fit it with tools/fit_judge.py"
+    if teacher.safety_words and not Path(teacher.safety_words).is_file():
+        yield f"--safety-words: no file {teacher.safety_words}"
+
+
+def _missing_checkpoints(config: TrainConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    wanted = []
+    if checkpoint.load is not None and (
+        checkpoint.finetune or checkpoint.exit_on_missing_checkpoint or checkpoint.ckpt_step is not None
+    ):
+        wanted.append(("--load", checkpoint.load, checkpoint.ckpt_step))
+    if checkpoint.pretrained_checkpoint is not None:
+        wanted.append(("--pretrained-checkpoint", checkpoint.pretrained_checkpoint, None))
+    for flag, directory, step in wanted:
+        try:
+            found = resolve(Path(directory), step)
+        except CheckpointError as error:
+            yield f"{flag}: {error}"
+        else:
+            if found is None:
+                yield f"{flag}: no checkpoint in {directory}"
