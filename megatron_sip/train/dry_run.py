@@ -102,7 +102,7 @@ def examine(config: TrainConfig, world_size: int) -> DryRun:
     layout = _layout(config, world_size)
     rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, layout.tp)
     phases = tuple(_phases(config, curriculum, layout.dp))
-    precision, work = _precision(config), _workload(config, phases, rows)
+    precision, work = _precision(config), _workload(config, layout, phases, rows)
     stages = tuple(rank_memory(arch, layout, precision, work, stage) for stage in range(layout.pp))
     on_host = config.objective.needs_reference and config.objective.reference_placement == "host"
     samples = _corpus_samples(config, missing)
@@ -181,7 +181,7 @@ def _reference_bytes(config: TrainConfig, precision: Precision) -> int:
     return BYTES_FP32 if objective.reference_policy == "ema" else precision.weight
 
 
-def _workload(config: TrainConfig, phases: tuple[PhaseFigures, ...], vocab_rows: int) -> Workload:
+def _workload(config: TrainConfig, layout: Layout, phases: tuple[PhaseFigures, ...], vocab_rows: int) -> Workload:
     data, training, pool = config.data, config.training, config.rollout.pool
     tokens = positions = 0
     for stream in ("ntp", "suffix", "rewrite", "rollout"):
@@ -190,7 +190,9 @@ def _workload(config: TrainConfig, phases: tuple[PhaseFigures, ...], vocab_rows:
             tokens = max(tokens, rows * _row_length(config, stream))
             scored = data.seq_length if stream == "ntp" else _row_candidates(config, stream) * data.suffix_length
             positions = max(positions, rows * scored)
-    prefixes = max(1, config.rollout.rollout_batch_size // max(pool.num_rollouts, 1)) if pool.num_rollouts else 0
+    # A batch of rollouts is no larger than what one replica has to generate in a step.
+    judged = max((phase.counts.get("rollout", 0) // layout.dp for phase in phases), default=0)
+    prefixes = min(judged, max(1, config.rollout.rollout_batch_size // max(pool.num_rollouts, 1)))
     generates = any(phase.rollouts for phase in phases)
     new_tokens = config.rollout.rollout_max_new_tokens or data.suffix_length
     cached = prefixes * (data.max_prefix_length + pool.num_rollouts * new_tokens)

@@ -93,7 +93,8 @@ def _render_phase(phase: PhaseFigures, dp: int) -> list[str]:
     if judge.groups:
         parts = []
         if judge.pairs_per_group:
-            parts.append(f"{judge.pairs_per_group} pairs x {judge.pair_votes} votes")
+            pairs = "pair" if judge.pairs_per_group == 1 else "pairs"
+            parts.append(f"{judge.pairs_per_group} {pairs} x {judge.pair_votes} votes")
         if judge.pointwise_per_group:
             parts.append(f"{judge.pointwise_per_group} pointwise x {judge.votes} votes")
         lines.append(f"    {judge.total:>9,} verdicts of the judge = {judge.groups} x ({' + '.join(parts)})")

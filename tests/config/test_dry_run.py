@@ -105,6 +105,9 @@ def test_the_cache_of_rollouts_holds_each_prefix_once() -> None:
     tokens = 4 * 1920 + 64 * 128
     assert figures().stages[0].kv_cache == tokens * 2 * 16 * 128 * 24 * 2 + 64 * 32000 * 4
     assert figures(curriculum="ntp").stages[0].kv_cache == 0
+    # A replica that has one prefix a step does not hold four.
+    alone = figures(256).stages[0].kv_cache
+    assert alone == (1920 + 16 * 128) * 2 * 16 * 128 * 24 * 2 + 16 * 32000 * 4
 
 
 def test_activations_of_one_layer_are_counted_by_hand() -> None:

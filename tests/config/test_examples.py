@@ -1,0 +1,79 @@
+"""Every recipe and script under examples/ can be started, and says what the paper says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_sip.config.schema import read_schema
+from megatron_sip.train.config import TrainConfig, load_train_config
+from megatron_sip.train.dry_run import dry_run, examine
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+RECIPES = sorted(path.name for path in (EXAMPLES / "recipes").glob("*.yaml"))
+SCRIPTS = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".slurm"))
+BASE = "llama2-1.4b.yaml"
+"""Not a run of its own: it has no number of steps."""
+
+
+def recipe(name: str, *flags: str) -> TrainConfig:
+    return load_train_config(["--config", str(EXAMPLES / "recipes" / name), *flags])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != BASE])
+def test_every_recipe_passes_a_dry_run(name: str) -> None:
+    config = recipe(name)
+    # The quickstart's corpus is made by the quickstart itself; the others are for 64 GPUs.
+    world_size = "2" if name.startswith("quickstart") else "64"
+    report = dry_run(config, {"WORLD_SIZE": world_size})
+    assert "does NOT fit" not in report
+
+
+def test_the_recipes_hold_the_papers_settings() -> None:
+    scratch, continued = recipe("scratch-safety.yaml"), recipe("continued-quality.yaml")
+    for config, steps, lr, warmup in ((scratch, 21000, 5e-4, 2000), (continued, 2000, 5e-6, 100)):
+        assert (config.training.train_iters, config.engine.lr, config.engine.lr_warmup_iters) == (steps, lr, warmup)
+        assert config.engine.min_lr == pytest.approx(0.1 * lr)
+        assert config.engine.lr_decay_style == "cosine"
+        assert (config.training.global_batch_size, config.data.seq_length, config.data.suffix_length) == (
+            256,
+            2048,
+            128,
+        )
+        assert config.curriculum.curriculum == "" and config.curriculum.phases == ()
+    assert (scratch.objective.objective, scratch.rollout.candidates) == ("rf_nll", "rewrite,rollout:1")
+    assert (continued.objective.objective, continued.rollout.candidates) == ("online_dpo", "suffix,rollout:16")
+    assert examine(continued, 64).phases[0].judge.total == 174_080
+    assert examine(scratch, 64).passes["sip"] == pytest.approx(20.9, abs=0.05)
+    weights = {
+        name: recipe(f"{name}.yaml").teacher.weights
+        for name in ("scratch-safety", "continued-quality", "continued-safety", "continued-factuality")
+    }
+    assert weights == {
+        "scratch-safety": {"quality": 1.0, "safety": 1.0, "factuality": 0.0},
+        "continued-quality": {"quality": 1.0, "safety": 0.0, "factuality": 0.0},
+        "continued-safety": {"quality": 1.0, "safety": 1.0, "factuality": 0.0},
+        "continued-factuality": {"quality": 1.0, "safety": 0.0, "factuality": 1.0},
+    }
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_sound_shell(name: str) -> None:
+    checked = subprocess.run(["bash", "-n", str(EXAMPLES / name)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_name_recipes_and_flags_that_exist(name: str) -> None:
+    text = (EXAMPLES / name).read_text()
+    for found in re.findall(r"recipes/([\w.-]+\.yaml)", text):
+        assert found in RECIPES
+    known = {*read_schema(TrainConfig).flags, "--config", "--dry-run"}
+    # Flags of the trainer stand on lines of their own, after the name of the program.
+    for block in re.findall(r"pretrain_sip\.py((?:.*\\\n)*.*)", text):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", block):
+            assert flag in known, f"{name}: {flag}"
