@@ -33,6 +33,14 @@ class RolloutConfig:
         True, help="End a rollout with the end-of-document token, which is part of it and is scored."
     )
 
+    rollout_weights: str = option(
+        "auto",
+        help="Under tensor parallelism: sharded decodes all rows on all ranks together; gathered puts the whole "
+        "weights on every rank for the time of the rollouts and gives each rank rows of its own, without a collective "
+        "per layer; auto gathers models of up to 2 GiB.",
+        choices=("auto", "sharded", "gathered"),
+    )
+
     def validate(self) -> None:
         """Raises ConfigurationError for a value that cannot work."""
         _ = self.pool

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from numpy.typing import NDArray
 
 from megatron_sip.distributed import ParallelContext
-from megatron_sip.model import NextLogits
 from megatron_sip.rollout.batch import RolloutBatch, batch_uniforms, plan_batches
 from megatron_sip.rollout.cache import RolloutCache
 from megatron_sip.rollout.config import RolloutConfig
@@ -27,7 +28,9 @@ class InProcessEngine:
     """A RolloutEngine on the ranks, and on the weights, that train.
 
     Every rank of a data-parallel replica calls ``generate`` with equal requests. Under pipeline parallelism as many
-    batches as there are stages are decoded in turn, so that no stage waits for a whole round trip.
+    batches as there are stages are decoded in turn, so that no stage waits for a whole round trip. Under tensor
+    parallelism either all ranks decode the same rows with their shares of the weights, or each decodes rows of its own
+    with the whole weights (``rollout_weights``).
     """
 
     def __init__(
@@ -41,29 +44,53 @@ class InProcessEngine:
         """``chunks``: as from ``build_model``; ``vocab_size``: the tokenizer's, without padding."""
         self._context = context
         self._config = config
-        self._stages = StageChain(chunks, context)
-        self._sampler = VocabParallelSampler(vocab_size, context.tp_group, context.tp_rank, context.tp_size)
+        self._chunks = chunks
+        self._stages = StageChain(chunks, context, config.rollout_weights)
+        group = (None, 0, 1) if self._stages.gathered else (context.tp_group, context.tp_rank, context.tp_size)
+        self._sampler = VocabParallelSampler(vocab_size, *group)
         self._eod = eod if config.rollout_stop_at_eod else None
         self._weight_version = 0
 
     def sync_weights(self, version: int) -> None:
-        """The weights are the model's own; this only says how old they are."""
+        """To be called on all ranks after each change of the weights, which are the model's own."""
+        for chunk in self._chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)  # it would wait for a forward pass of the modules
         self._weight_version = version
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Candidate]]:
         """The rollouts of each request, in order, equal on all ranks of the replica."""
-        asked = [index for index, request in enumerate(requests) if request.num_rollouts > 0]
-        width = self._stages.num_in_flight
-        plan = plan_batches([requests[index] for index in asked], max(1, self._config.rollout_batch_size // width))
         candidates: list[list[Candidate]] = [[] for _ in requests]
+        for index, rollouts in self._generate_share(requests).items():
+            candidates[index] = rollouts
+        return candidates
+
+    def _generate_share(self, requests: Sequence[GenerationRequest]) -> dict[int, list[Candidate]]:
+        asked = [index for index, request in enumerate(requests) if request.num_rollouts > 0]
+        if not asked:
+            return {}
+        if not self._stages.gathered:
+            return self._generate(requests, asked, self._config.rollout_batch_size)
+        tp_rank, tp_size = self._context.tp_rank, self._context.tp_size
+        asked.sort(key=lambda index: len(requests[index].prefix))  # every rank gets long and short ones
+        own = self._generate(requests, asked[tp_rank::tp_size], self._config.rollout_batch_size // tp_size)
+        gathered: list[dict[int, list[Candidate]]] = [{} for _ in range(self._context.host.model_parallel.size())]
+        dist.all_gather_object(gathered, own, group=self._context.host.model_parallel)
+        return {index: rollouts for share in gathered for index, rollouts in share.items()}
+
+    def _generate(
+        self, requests: Sequence[GenerationRequest], asked: Sequence[int], max_rows: int
+    ) -> dict[int, list[Candidate]]:
+        width = self._stages.num_in_flight
+        plan = plan_batches([requests[index] for index in asked], max(1, max_rows // width))
+        candidates: dict[int, list[Candidate]] = {}
         with self._stages.evaluating():
             for start in range(0, len(plan), width):
                 picked = [[asked[index] for index in batch] for batch in plan[start : start + width]]
                 runs = [self._start([requests[index] for index in batch]) for batch in picked]
                 self._decode(runs)
                 for batch, run in zip(picked, runs, strict=True):
-                    for index, rollouts in zip(batch, self._collect(run), strict=True):
-                        candidates[index] = rollouts
+                    candidates.update(zip(batch, self._collect(run), strict=True))
             self._stages.finish()
         return candidates
 
@@ -75,7 +102,6 @@ class InProcessEngine:
             sampling.as_greedy() if first.greedy else sampling,
             RolloutBatch(requests, self._eod),
             self._context.device,
-            self._stages.sequence_multiple,
         )
 
     def _decode(self, runs: Sequence[_Run]) -> None:
@@ -122,7 +148,6 @@ class _Run:
         sampling: SamplingParameters,
         batch: RolloutBatch,
         device: torch.device,
-        sequence_multiple: int,
     ) -> None:
         self.batch = batch
         self.sampling = sampling
@@ -132,7 +157,6 @@ class _Run:
         """Tokens per row taken over; on stages before the last it lags behind."""
         self._requests = requests
         self._device = device
-        self._multiple = sequence_multiple
         self._prefix_lengths = torch.from_numpy(batch.prefix_lengths).to(device)
         self._cache = RolloutCache(self._prefix_lengths, batch.num_slots, batch.max_new_tokens)
         rows = batch.rollout_of_rows
@@ -147,10 +171,11 @@ class _Run:
         """Runs the next pass: logits [R, v] on the last stage, None elsewhere."""
         self.num_started += 1
         if self.num_started == 1:
-            logits = stages.prefill(*self._prefixes(), self._cache, NextLogits(self._prefix_lengths[:, None] - 1))
-            return None if logits is None else logits[:, 0].repeat_interleave(self.batch.num_slots, dim=0)
+            logits = stages.forward(*self._prefixes(), self._cache, self._prefix_lengths - 1)
+            return None if logits is None else logits.repeat_interleave(self.batch.num_slots, dim=0)
         self._cache.start_decode_step()
-        return stages.decode(self._tokens, self._row_lengths + (self.num_taken - 1), self._cache)
+        positions = self._row_lengths + (self.num_taken - 1)
+        return stages.forward(self._tokens[None], positions[None], self._cache, None)
 
     def uniforms(self) -> torch.Tensor:
         """float64 [R], for the token to be drawn now."""
@@ -185,7 +210,6 @@ class _Run:
     def _prefixes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and positions, int64 [G, P], padded at the right."""
         width = int(self.batch.prefix_lengths.max())
-        width += -width % self._multiple
         table = np.zeros((len(self._requests), width), dtype=np.int64)
         for row, request in zip(table, self._requests, strict=True):
             row[: len(request.prefix)] = request.prefix

@@ -1,158 +1,99 @@
-"""A decode step of a stage without its modules' bookkeeping.
+"""Forward passes of a stage without its modules' bookkeeping.
 
 Megatron's layers run about 650 tensor functions and as many Python calls for a token of a 4-layer model, most of them
 for cases that do not occur in generation; on CPU that took more than half of a step. This is the same arithmetic on the
-same parameters in about 150. What it does not know (Transformer Engine's layers, biases in the MLP) goes through the
-modules.
+same parameters in about 150.
 
-    R  rows, one token each    H  hidden size    h, g, d  heads, key-value groups, head width of this rank
-    q  query heads per group, h / g    v  vocabulary columns of this rank
+    s, b  sequence and batch of a pass     H  hidden size    h, g, d  heads, key-value groups, head width of this rank
+    q  query heads per group, h / g        v  vocabulary columns of this rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sip.model import PolicyModel
-from megatron_sip.model.attention import PlannedAttention
+from megatron_sip.rollout.weights import LayerWeights, StageWeights
 from megatron_sip.types import AttentionPlan
 
-
-def supports_lean_decode(chunk: PolicyModel) -> bool:
-    """Whether all layers of a stage are of the one kind that this module computes."""
-    config = chunk.config
-    return (
-        config.gated_linear_unit
-        and config.activation_func is F.silu
-        and not config.add_bias_linear
-        and not config.fp32_residual_connection
-        and not config.apply_residual_connection_post_layernorm
-        and (not chunk.post_process or isinstance(chunk.decoder.final_layernorm, torch.nn.RMSNorm))
-        and all(_is_known(layer) for layer in chunk.decoder.layers)
-    )
-
-
-def _is_known(layer: TransformerLayer) -> bool:
-    attention, mlp = layer.self_attention, layer.mlp
-    return (
-        isinstance(layer.input_layernorm, torch.nn.RMSNorm)
-        and isinstance(layer.pre_mlp_layernorm, torch.nn.RMSNorm)
-        and isinstance(attention.core_attention, PlannedAttention)
-        and all(
-            norm is None or isinstance(norm, IdentityOp | torch.nn.RMSNorm)
-            for norm in (attention.q_layernorm, attention.k_layernorm)
-        )
-        and type(attention.linear_qkv) is ColumnParallelLinear
-        and type(attention.linear_proj) is RowParallelLinear
-        and type(mlp.linear_fc1) is ColumnParallelLinear
-        and type(mlp.linear_fc2) is RowParallelLinear
-    )
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and signed sines [s, b, 1, 1, d] of a pass."""
 
 
 class LeanStage:
-    """The decode steps of one (virtual) pipeline stage."""
+    """One (virtual) pipeline stage, with this rank's share of the weights or, without a group, with the whole."""
 
-    def __init__(self, chunk: PolicyModel, tp_group: dist.ProcessGroup, tp_size: int) -> None:
-        self._chunk = chunk
+    def __init__(
+        self,
+        weights: StageWeights,
+        config: TransformerConfig,
+        rotary_frequencies: torch.Tensor,
+        tp_group: dist.ProcessGroup | None,
+    ) -> None:
+        """``rotary_frequencies``: radians per position, float32 [d / 2]."""
+        self._weights = weights
+        self._config = config
+        self._frequencies = rotary_frequencies
         self._group = tp_group
-        self._tp_size = tp_size
-        self._layers = [_LeanLayer(layer, self._sum) for layer in chunk.decoder.layers]
+        self._depth = config.kv_channels
+        self._shared = config.num_attention_heads // config.num_query_groups
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [R] -> [R, H]; for the first stage."""
-        embedding = self._chunk.embedding.word_embeddings
-        if self._tp_size == 1:
-            return F.embedding(tokens, embedding.weight)
-        local = tokens - embedding.vocab_start_index
-        elsewhere = (local < 0) | (local >= embedding.weight.shape[0])
-        vectors = F.embedding(local.masked_fill_(elsewhere, 0), embedding.weight)
-        return self._sum(vectors.masked_fill_(elsewhere[:, None], 0.0))
+        """int64 [b, s] -> [s, b, H]; for the first stage."""
+        table = self._weights.embedding
+        assert table is not None
+        tokens = tokens.t()
+        if self._group is None:
+            return F.embedding(tokens, table)
+        local = tokens - self._group.rank() * table.shape[0]
+        elsewhere = (local < 0) | (local >= table.shape[0])
+        vectors = F.embedding(local.masked_fill_(elsewhere, 0), table)
+        return self._sum(vectors.masked_fill_(elsewhere[..., None], 0.0))
 
-    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [R] -> cosines and signed sines [R, 1, 1, d], as ``_LeanLayer`` takes them; the same for all layers."""
-        angles = positions.float()[:, None] * self._chunk.rotary_frequencies
-        sines = angles.sin()
-        cosines = angles.cos().repeat(1, 2)
-        dtype = self._chunk.config.params_dtype
-        return cosines[:, None, None].to(dtype), torch.cat([-sines, sines], dim=1)[:, None, None].to(dtype)
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """int64 [b, s] -> what all layers of a pass turn queries and keys by."""
+        angles = positions.t().float()[..., None] * self._frequencies
+        cosines, sines = angles.cos(), angles.sin()
+        dtype = self._config.params_dtype
+        signed = torch.cat([-sines, sines], dim=-1)
+        return torch.cat([cosines, cosines], dim=-1)[:, :, None, None].to(dtype), signed[:, :, None, None].to(dtype)
 
-    def layers(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
-    ) -> torch.Tensor:
-        """[R, H] -> [R, H]."""
-        for layer in self._layers:
-            hidden = layer(hidden, rotation, plan)
+    def layers(self, hidden: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
+        """[s, b, H] -> [s, b, H]."""
+        for layer in self._weights.layers:
+            mixed = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            attended = plan.attend(layer.number, *self._split(mixed, layer, rotation))
+            hidden = hidden + self._sum(F.linear(attended, layer.proj))
+            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.fc1).chunk(2, dim=-1)
+            hidden = hidden + self._sum(F.linear(F.silu(gate) * up, layer.fc2))
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, H] -> [R, v], padded columns as they come; for the last stage."""
-        chunk = self._chunk
-        if chunk.share_embeddings_and_output_weights:
-            weight = chunk.shared_embedding_or_output_weight()
-        else:
-            weight = chunk.output_layer.weight
-        return F.linear(_norm(chunk.decoder.final_layernorm, hidden), weight)
-
-    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
-        if self._tp_size > 1:
-            dist.all_reduce(partial, group=self._group)
-        return partial
-
-
-class _LeanLayer:
-    """One layer; it holds the parameters themselves, which an optimizer changes in place."""
-
-    def __init__(self, layer: TransformerLayer, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        attention, mlp = layer.self_attention, layer.mlp
-        self._sum = all_reduce
-        self._number = attention.core_attention.layer_number
-        self._attention_norm = layer.input_layernorm
-        self._mlp_norm = layer.pre_mlp_layernorm
-        self._qkv, self._qkv_bias = attention.linear_qkv.weight, attention.linear_qkv.bias
-        self._proj = attention.linear_proj.weight
-        self._fc1, self._fc2 = mlp.linear_fc1.weight, mlp.linear_fc2.weight
-        self._depth = attention.hidden_size_per_attention_head
-        self._groups = attention.num_query_groups_per_partition
-        self._shared = attention.num_attention_heads_per_partition // self._groups
-        self._query_norm, self._key_norm = attention.q_layernorm, attention.k_layernorm
-
-    def __call__(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
-    ) -> torch.Tensor:
-        mixed = F.linear(_norm(self._attention_norm, hidden), self._qkv, self._qkv_bias)
-        query, key, value = self._split(mixed, rotation)
-        attended = plan.attend(self._number, query, key, value)[:, 0]
-        hidden = hidden + self._sum(F.linear(attended, self._proj))
-        gate, up = F.linear(_norm(self._mlp_norm, hidden), self._fc1).chunk(2, dim=-1)
-        return hidden + self._sum(F.linear(F.silu(gate) * up, self._fc2))
+        """[n, H] -> [n, v], padded columns as they come; for the last stage."""
+        weights = self._weights
+        assert weights.final_norm is not None and weights.output is not None
+        return F.linear(self._norm(hidden, weights.final_norm), weights.output)
 
     def _split(
-        self, mixed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+        self, mixed: torch.Tensor, layer: LayerWeights, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[R, g * (q + 2) * d] -> query [R, 1, h, d], key and value [R, 1, g, d], rotated."""
-        rows, shared, depth = len(mixed), self._shared, self._depth
-        heads = mixed.view(rows, self._groups, shared + 2, depth)
-        turning = heads[:, :, :-1]  # queries and the key of a group turn by the same angles
-        if isinstance(self._query_norm, torch.nn.RMSNorm):
-            turning = torch.cat(
-                [
-                    _norm(self._query_norm, heads[:, :, :shared]),
-                    _norm(self._key_norm, heads[:, :, shared : shared + 1]),
-                ],
-                dim=2,
-            )
+        """[s, b, g * (q + 2) * d] -> query [s, b, h, d], key and value [s, b, g, d], rotated."""
+        shared = self._shared
+        heads = mixed.unflatten(-1, (-1, shared + 2, self._depth))
+        turning = heads[..., :-1, :]  # the queries and the key of a group turn by the same angles
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = turning.split([shared, 1], dim=-2)
+            turning = torch.cat([self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)], dim=-2)
         cosines, sines = rotation
-        turned = torch.addcmul(turning * cosines, turning.roll(depth // 2, dims=-1), sines)
-        query = turned[:, :, :shared].reshape(rows, 1, self._groups * shared, depth)
-        return query, turned[:, None, :, shared], heads[:, None, :, shared + 1]
+        turned = torch.addcmul(turning * cosines, turning.roll(self._depth // 2, dims=-1), sines)
+        return turned[..., :shared, :].flatten(2, 3), turned[..., shared, :], heads[..., shared + 1, :]
 
+    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, weight.shape, weight, self._config.layernorm_epsilon)
 
-def _norm(norm: torch.nn.RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(hidden, norm.normalized_shape, norm.weight, norm.eps)
+    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
+        if self._group is not None:
+            dist.all_reduce(partial, group=self._group)
+        return partial

@@ -1,44 +1,58 @@
-"""One forward pass through the pipeline's stages, outside of Megatron's training schedules.
+"""Forward passes through the pipeline's stages, outside of Megatron's training schedules.
 
-S  sequence width of the pass    B  its batch    H  hidden size    R  rows of a decode step
-L  positions whose logits are asked for           v  vocabulary columns of this rank
+B  batch of a pass    S  its sequence width    H  hidden size    v  vocabulary columns of this rank
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 
 from megatron_sip.distributed import ParallelContext
+from megatron_sip.errors import ConfigurationError
 from megatron_sip.model import NextLogits, PolicyModel
-from megatron_sip.rollout.lean import LeanStage, supports_lean_decode
+from megatron_sip.rollout.lean import LeanStage
+from megatron_sip.rollout.weights import gather_weights, is_known_architecture, own_weights, whole_model_bytes
 from megatron_sip.types import AttentionPlan
+
+_AUTOMATIC_GATHER_BYTES = 2 << 30
 
 
 class StageChain:
     """This rank's part of the model: receives hidden states, runs its chunks, sends on.
 
     Sends do not wait, so that several passes can be under way, each at another stage; all ranks of a pipeline start the
-    same passes in the same order.
+    same passes in the same order. With gathered weights every tensor-parallel rank has a pipeline of its own.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], context: ParallelContext) -> None:
-        """``chunks``: the virtual stages of this rank in order, with or without wrappers (DDP, Float16Module)."""
+    def __init__(self, chunks: Sequence[torch.nn.Module], context: ParallelContext, weights: str) -> None:
+        """``chunks``: the virtual stages of this rank in order, with or without DDP around them; ``weights``: "auto",
+        "sharded" or "gathered" (see RolloutConfig).
+
+        Raises:
+            ConfigurationError: weights are to be gathered that only the modules themselves can compute with.
+        """
         self._chunks = [_unwrap(chunk) for chunk in chunks]
         self._context = context
+        known = all(is_known_architecture(chunk) for chunk in self._chunks)
+        if weights == "gathered" and not known:
+            raise ConfigurationError(
+                "--rollout-weights gathered knows only the layers of --transformer-impl local: choose that, or sharded."
+            )
+        small = whole_model_bytes(self._chunks[0]) <= _AUTOMATIC_GATHER_BYTES
+        wanted = weights == "gathered" or (weights == "auto" and small and known)
+        self.gathered = wanted and context.tp_size > 1
+        """Whether each tensor-parallel rank decodes rows of its own with the whole weights."""
+        self._by_modules = not known
         config = self._chunks[0].config
         self._hidden_size = config.hidden_size
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
-        self._sequence_split = context.tp_size if config.sequence_parallel else 1
+        self._sequence_split = context.tp_size if config.sequence_parallel and self._by_modules else 1
         self._unsent: list[tuple[dist.Work, torch.Tensor]] = []
-        self._lean = (
-            [LeanStage(chunk, context.tp_group, context.tp_size) for chunk in self._chunks]
-            if all(supports_lean_decode(chunk) for chunk in self._chunks)
-            else None
-        )
+        self._lean: list[LeanStage] = []
 
     @property
     def num_in_flight(self) -> int:
@@ -46,63 +60,43 @@ class StageChain:
         and NCCL pairs these by their order."""
         return self._context.pp_size if len(self._chunks) == 1 else 1
 
-    @property
-    def sequence_multiple(self) -> int:
-        """Sequence widths must be a multiple of this."""
-        return self._sequence_split
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradients, no dropout, no recomputation inside."""
+        """No gradients, no dropout, no recomputation inside; the weights are those of the moment of entry."""
         training = [chunk.training for chunk in self._chunks]
         for chunk in self._chunks:
             chunk.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if self._by_modules else torch._C.DisableTorchFunction():
+                # Our passes ask for no "cuda": without the CPU platform's look at every tensor call they are faster.
+                if not self._by_modules:
+                    self._lean = [self._lean_stage(chunk) for chunk in self._chunks]
                 yield
         finally:
+            self._lean = []
             for chunk, flag in zip(self._chunks, training, strict=True):
                 chunk.train(flag)
 
-    def prefill(
-        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, output: NextLogits
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, asked: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """tokens and positions int64 [B, S] -> logits [B, L, v] on the last stage, None elsewhere."""
-        for index, chunk in enumerate(self._chunks):
-            if not self._is_start(index):
-                width = tokens.shape[1] // self._sequence_split
-                chunk.set_input_tensor(self._receive((width, tokens.shape[0], self._hidden_size)))
-            result = chunk(tokens, positions, plan, output)
-            if self._is_end(index):
-                return result
-            self._send(result)
-        return None
+        """Tokens and positions int64 [B, S] -> logits of the last stage, None on the others.
 
-    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor | None:
-        """One token per row, int64 [R] -> logits [R, v] on the last stage, None elsewhere.
-
-        The plan sees the rows as the sequence dimension: queries [R or more, 1, h, d].
+        ``asked``: int64 [B], the one position of each row whose next-token logits are wanted, [B, v]; None for those of
+        all positions of the only row, [S, v].
         """
-        if self._lean is None:
-            return self._decode_by_modules(tokens, positions, plan)
+        if self._by_modules:
+            return self._forward_modules(tokens, positions, plan, asked)
         rotation = self._lean[0].rotation(positions)
+        shape = (tokens.shape[1], tokens.shape[0], self._hidden_size)
         for index, stage in enumerate(self._lean):
-            hidden = stage.embed(tokens) if self._is_start(index) else self._receive((len(tokens), self._hidden_size))
+            hidden = stage.embed(tokens) if self._is_start(index) else self._receive(shape)
             hidden = stage.layers(hidden, rotation, plan)
             if self._is_end(index):
-                return stage.logits(hidden)
+                rows = torch.arange(len(tokens), device=tokens.device)
+                return stage.logits(hidden[:, 0] if asked is None else hidden[asked, rows])
             self._send(hidden)
         return None
-
-    def _decode_by_modules(
-        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan
-    ) -> torch.Tensor | None:
-        sources = torch.arange(len(tokens), device=tokens.device)
-        padding = -len(tokens) % self._sequence_split
-        if padding:
-            tokens, positions = (torch.nn.functional.pad(part, (0, padding)) for part in (tokens, positions))
-        logits = self.prefill(tokens[None], positions[None], plan, NextLogits(sources[None]))
-        return None if logits is None else logits[0]
 
     def broadcast_from_last(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` of the last stage, in place, on all stages."""
@@ -117,14 +111,39 @@ class StageChain:
             work.wait()
         self._unsent.clear()
 
-    def _peer(self, distance: int) -> int:
-        return dist.get_global_rank(self._context.pp_group, (self._context.pp_rank + distance) % self._context.pp_size)
+    def _lean_stage(self, chunk: PolicyModel) -> LeanStage:
+        weights = own_weights(chunk)
+        if self.gathered:
+            weights = gather_weights(weights, self._context.tp_group)
+        split = self._context.tp_size > 1 and not self.gathered
+        return LeanStage(weights, chunk.config, chunk.rotary_frequencies, self._context.tp_group if split else None)
+
+    def _forward_modules(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, asked: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        width = tokens.shape[1]
+        sources = torch.arange(width, device=tokens.device)[None] if asked is None else asked[:, None]
+        padding = -width % self._sequence_split
+        if padding:
+            tokens, positions = (torch.nn.functional.pad(part, (0, padding)) for part in (tokens, positions))
+        shape = ((width + padding) // self._sequence_split, len(tokens), self._hidden_size)
+        for index, chunk in enumerate(self._chunks):
+            if not self._is_start(index):
+                chunk.set_input_tensor(self._receive(shape))
+            result = chunk(tokens, positions, plan, NextLogits(sources))
+            if self._is_end(index):
+                return result.flatten(0, 1)
+            self._send(result)
+        return None
 
     def _is_start(self, chunk: int) -> bool:
         return chunk == 0 and self._context.is_first_stage
 
     def _is_end(self, chunk: int) -> bool:
         return chunk == len(self._chunks) - 1 and self._context.is_last_stage
+
+    def _peer(self, distance: int) -> int:
+        return dist.get_global_rank(self._context.pp_group, (self._context.pp_rank + distance) % self._context.pp_size)
 
     def _receive(self, shape: tuple[int, ...]) -> torch.Tensor:
         hidden = torch.empty(shape, dtype=self._hidden_dtype, device=self._context.device)

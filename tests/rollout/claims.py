@@ -56,8 +56,9 @@ def requests(**changes: Any) -> list[GenerationRequest]:
     ]
 
 
-def generate_all(parallel: ParallelConfig) -> dict[str, Any]:
-    """Every case of one layout, on one rank of it."""
+def generate_all(layout: tuple[ParallelConfig, str]) -> dict[str, Any]:
+    """Every case of one layout, on one rank of it; the second part is ``rollout_weights``."""
+    parallel, rollout_weights = layout
     context = initialize(parallel, seed=3)
     config = ModelConfig(
         num_layers=SHAPE.num_layers,
@@ -72,7 +73,9 @@ def generate_all(parallel: ParallelConfig) -> dict[str, Any]:
     chunks = build_model(config, SHAPE.vocab, context)
 
     def engine(**options: Any) -> InProcessEngine:
-        made = InProcessEngine(chunks, context, RolloutConfig(**options), SHAPE.vocab, EOD)
+        made = InProcessEngine(
+            chunks, context, RolloutConfig(rollout_weights=rollout_weights, **options), SHAPE.vocab, EOD
+        )
         made.sync_weights(42)
         return made
 
@@ -89,6 +92,7 @@ def generate_all(parallel: ParallelConfig) -> dict[str, Any]:
     for chunk in chunks:  # a norm that the lean path does not know: decoding goes through the modules
         for layer in chunk.decoder.layers:
             layer.pre_mlp_layernorm = torch.nn.Sequential(layer.pre_mlp_layernorm)
+    rollout_weights = "sharded"
     results["by modules"] = engine(rollout_stop_at_eod=False).generate(sampled)
     plain = {name: [[_plain(rollout) for rollout in group] for group in groups] for name, groups in results.items()}
     plain["training"] = [chunk.training for chunk in chunks]

@@ -18,30 +18,33 @@ from tests.rollout.claims import EOD, LIMITS, NUM_ROLLOUTS, PREFIX_LENGTHS, SEED
 from tests.rollout.test_sampling import reference_distribution
 
 LAYOUTS = {
-    "one rank": (1, ParallelConfig()),
-    "tp 2": (2, ParallelConfig(tensor_model_parallel_size=2)),
-    "tp 2, sequence parallel": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "pp 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "one rank": (1, ParallelConfig(), "auto"),
+    "tp 2": (2, ParallelConfig(tensor_model_parallel_size=2), "sharded"),
+    "tp 2, sequence parallel": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True), "sharded"),
+    "pp 2": (2, ParallelConfig(pipeline_model_parallel_size=2), "auto"),
     "pp 2, virtual stages": (
         2,
         ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+        "auto",
     ),
-    "tp 2, pp 2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "tp 2, pp 2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), "sharded"),
+    "tp 2, gathered": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True), "gathered"),
+    "tp 2, pp 2, gathered": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), "auto"),
 }
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Any]:
-    return run_ranks(1, "tests.rollout.claims:generate_all", ParallelConfig())[0]
+    return run_ranks(1, "tests.rollout.claims:generate_all", (ParallelConfig(), "auto"))[0]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def ranks(request: pytest.FixtureRequest, one_rank: dict[str, Any]) -> list[dict[str, Any]]:
     """What each rank of a layout generated."""
-    world_size, parallel = LAYOUTS[request.param]
+    world_size, *layout = LAYOUTS[request.param]
     if world_size == 1:
         return [one_rank]
-    return run_ranks(world_size, "tests.rollout.claims:generate_all", parallel)
+    return run_ranks(world_size, "tests.rollout.claims:generate_all", tuple(layout))
 
 
 @pytest.fixture(scope="module")
