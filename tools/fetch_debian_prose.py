@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,12 +24,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_sip.errors import DataError, SIPError
 
 
-def _gutenberg_novels(root: Path) -> Iterator[tuple[str, str]]:
-    """The novels of R's janeaustenr: R sources that hold one quoted string per line."""
-    for path in sorted(root.rglob("*.R")) + sorted(root.rglob("*.r")):
-        lines = re.findall(r'^\s*(?:c\()?"((?:[^"\\]|\\.)*)"[,)]*\s*$', path.read_text(encoding="utf-8"), re.M)
-        if len(lines) > 1000:
-            yield path.stem, "\n".join(line.replace('\\"', '"').replace("\\\\", "\\") for line in lines)
+def _janeaustenr_novels(root: Path) -> Iterator[tuple[str, str]]:
+    """The novels in R's lazy-load database: objects one after the other, each its length and a zlib stream."""
+    for path in sorted(root.rglob("Rdata.rdb")):
+        rest = path.read_bytes()
+        while len(rest) > 4:
+            stream = zlib.decompressobj()
+            lines = list(_serialized_strings(stream.decompress(rest[4:])))
+            rest = stream.unused_data
+            if len(lines) > 1000:  # the other objects are small tables
+                title = next(line for line in lines if line)
+                yield title.title().replace(" ", "_"), "\n".join(lines)
+
+
+def _serialized_strings(data: bytes) -> Iterator[str]:
+    """Strings of a serialized R object: flags of type 9 (ASCII or UTF-8), length, bytes; all numbers big-endian."""
+    for found in re.finditer(rb"\x00(?:\x04\x00|\x00\x80)\x09(....)", data, re.DOTALL):
+        length = int.from_bytes(found[1], "big")
+        if length < 10_000:
+            yield data[found.end() : found.end() + length].decode("utf-8", "replace")
 
 
 def _plain(root: Path) -> Iterator[tuple[str, str]]:
@@ -44,7 +58,7 @@ def _plain(root: Path) -> Iterator[tuple[str, str]]:
 PACKAGES: dict[str, tuple[str, Callable[[Path], Iterator[tuple[str, str]]]]] = {
     "jargon-text": ("The Jargon File, public domain, 1.6 MB", _plain),
     "python3.11-doc": ("Python's manual as reStructuredText, PSF licence, 11 MB", _plain),
-    "r-cran-janeaustenr": ("six novels, public domain, 4 MB", _gutenberg_novels),
+    "r-cran-janeaustenr": ("six novels, public domain, 4 MB", _janeaustenr_novels),
 }
 
 

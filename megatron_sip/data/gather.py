@@ -178,8 +178,8 @@ def gather(
 ) -> GatherReport:
     """Write ``<split>.jsonl`` (``{"text", "id", "source"}``) and ``sources.json``; return what was found.
 
-    A Python file's documents all fall into one split, and a paragraph is kept only where it comes first, so that splits
-    share neither documents nor boilerplate. The same packages give the same files, byte for byte.
+    A document's split follows from the file it begins in, and a paragraph is kept only where it comes first, so that
+    splits share neither documents nor paragraphs. The same packages give the same files, byte for byte.
     """
     sources = find_sources(packages)
     report = GatherReport()
