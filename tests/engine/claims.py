@@ -52,19 +52,20 @@ def batches_of(context: ParallelContext, step: int, layout: RowLayout, size: int
 
 
 def one_step(engine: Engine, context: ParallelContext, step: int, payload: dict[str, Any]) -> dict[str, float]:
-    """Three passes of three shapes, one optimizer step."""
+    """Two or three passes of as many shapes, one optimizer step."""
     engine.begin_step()
-    for number, (name, (layout, objective)) in enumerate(STREAMS.items()):
+    streams = {name: stream for name, stream in STREAMS.items() if draw_rows(step, stream[0])}
+    for number, (name, (layout, objective)) in enumerate(streams.items()):
         batches = batches_of(context, step, layout, payload["micro_batch_size"])
         if objective.needs_reference:
             scored = engine.score(batches, "reference")
             batches = tuple(replace(b, reference_log_probs=s) for b, s in zip(batches, scored, strict=True))
         units = context.sum_over_data_parallel({"units": sum(objective.units(b) for b in batches)})["units"]
         scale = payload["weights"][name] / units
-        engine.run(TrainPass(name, batches, objective, scale), last=number == len(STREAMS) - 1)
+        engine.run(TrainPass(name, batches, objective, scale), last=number == len(streams) - 1)
     metrics = {name: total / count for name, (total, count) in engine.collect_metrics().items()}
     result = engine.optimizer_step()
-    return {**{name: metrics[name] for name in STREAMS}, "grad-norm": result.grad_norm}
+    return {**{name: metrics[name] for name in streams}, "grad-norm": result.grad_norm}
 
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,10 @@ def train_plain(payload: dict[str, Any]) -> dict[str, Any]:
     for step in range(payload["steps"]):
         losses = {
             "lm loss": _next_token(policy, draw_rows(step, NTP_LAYOUT)),
-            "loss/rf_nll": _suffix(policy, draw_rows(step, SUFFIX_LAYOUT)),
             "loss/dpo": _dpo(policy, reference, draw_rows(step, PAIR_LAYOUT), beta=0.5),
         }
+        if rows := draw_rows(step, SUFFIX_LAYOUT):
+            losses["loss/rf_nll"] = _suffix(policy, rows)
         optimizer.zero_grad()
         torch.stack([payload["weights"][name] * loss for name, loss in losses.items()]).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

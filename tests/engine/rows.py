@@ -25,22 +25,26 @@ class Row:
     weight: float = 1.0
 
 
-def draw_rows(step: int, layout: RowLayout, count: int = 4) -> list[Row]:
-    """The rows of one stream at one step: prefixes and continuations of all lengths, the last pair a tie."""
+def draw_rows(step: int, layout: RowLayout) -> list[Row]:
+    """The rows of one stream at one step: prefixes and continuations of all lengths, the last pair a tie.
+
+    Odd steps have twice the next-token rows, and every fourth has no RF-NLL rows: with overlapped reductions Megatron
+    learns in the first step how often a gradient is added to, and steps that are all alike would hide that this is no
+    constant.
+    """
+    if step % 4 == 3 and layout == SUFFIX_LAYOUT:
+        return []
     generator = np.random.default_rng([step, layout.prefix_block, layout.num_candidates])
+    if not layout.num_candidates:
+        lengths = [layout.prefix_block - number for number in range(8 if step % 2 else 4)]
+        return [Row(generator.integers(VOCAB, size=length).tolist(), []) for length in lengths]
     rows = []
-    for number in range(count):
-        prefix = generator.integers(VOCAB, size=generator.integers(1, layout.prefix_block + 1))
-        if not layout.num_candidates:
-            prefix = generator.integers(VOCAB, size=layout.prefix_block - number)
-        lengths = (
-            generator.integers(1, max(layout.candidate_block, 1) + 1, size=layout.num_candidates)
-            if layout.candidate_block
-            else []
-        )
+    for number in range(4):
+        prefix = generator.integers(VOCAB, size=generator.integers(1, layout.prefix_block + 1)).tolist()
+        lengths = generator.integers(1, layout.candidate_block + 1, size=layout.num_candidates).tolist()
         continuations = [generator.integers(VOCAB, size=length).tolist() for length in lengths]
-        weight = 0.0 if layout.num_candidates == 2 and number == count - 1 else 1.0
-        rows.append(Row(prefix.tolist(), continuations, weight))
+        tie = layout.num_candidates == 2 and number == 3
+        rows.append(Row(prefix, continuations, weight=0.0 if tie else 1.0))
     return rows
 
 

@@ -7,7 +7,7 @@ after a load, so four are compared.
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,38 +15,53 @@ import pytest
 from tests.engine.settings import PAYLOAD
 from tests.ranks import run_ranks
 
-TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+VIRTUAL = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Two replicas that saved after two steps: what both said, and the settings that load it."""
+
+    ranks: list[dict[str, Any]]
+    payload: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+    """One checkpoint in each precision."""
+    found = {}
+    for dtype in ("fp32", "bf16"):
+        payload: dict[str, Any] = {**PAYLOAD, "directory": str(tmp_path_factory.mktemp(dtype))}
+        payload["model"] = {**PAYLOAD["model"], "bf16": dtype == "bf16"}
+        payload["objective"] = {"reference_policy": "ema", "reference_ema_decay": 0.5}
+        ranks = run_ranks(2, "tests.engine.claims:save_and_go_on", payload)
+        found[dtype] = Saved(ranks, {**payload, "common": ranks[0]["common"]})
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_loaded_engine_goes_on_bit_for_bit_and_within_rounding_in_another_layout(tmp_path: Path, dtype: str) -> None:
-    payload: dict[str, Any] = {**PAYLOAD, "directory": str(tmp_path)}
-    payload["model"] = {**PAYLOAD["model"], "bf16": dtype == "bf16"}
-    payload["objective"] = {"reference_policy": "ema", "reference_ema_decay": 0.5}
-    first, second = run_ranks(2, "tests.engine.claims:save_and_go_on", payload)
-    assert first["common"] == second["common"]
-    assert first["common"] == {"num_updates": 2, "num_skipped": 0, "consecutive_skips": 0, "reference_version": 2}
-    for rank in (first, second):
+def test_a_loaded_engine_goes_on_bit_for_bit(saved: dict[str, Saved], dtype: str) -> None:
+    for rank in saved[dtype].ranks:
+        assert rank["common"] == {"num_updates": 2, "num_skipped": 0, "consecutive_skips": 0, "reference_version": 2}
         assert rank["resumed"] == rank["straight"]
-    if dtype == "bf16":
-        return
-    virtual = {**PP, "num_layers_per_virtual_pipeline_stage": 1}
-    for world_size, parallel in ((1, {}), (2, TP), (2, virtual)):
-        elsewhere = {**payload, "parallel": parallel, "common": first["common"]}
-        for step, (found, wanted) in enumerate(
-            zip(run_ranks(world_size, "tests.engine.claims:go_on", elsewhere)[0], first["straight"], strict=True)
-        ):
-            assert found == pytest.approx(wanted, rel=1e-4), (parallel, step)
-    faster = {**payload, "common": first["common"], "lr": 2e-2}
-    changed = run_ranks(1, "tests.engine.claims:go_on", faster)[0]
-    assert changed[0] == pytest.approx(first["straight"][0], rel=1e-4), "a run with another --lr could not load"
-    assert changed[1]["lm loss"] != pytest.approx(first["straight"][1]["lm loss"], rel=1e-4)
 
 
-def test_weights_alone_can_be_loaded(tmp_path: Path) -> None:
-    payload = {**PAYLOAD, "directory": str(tmp_path), "model": {**PAYLOAD["model"], "bf16": True}}
-    run_ranks(1, "tests.engine.claims:save_and_go_on", payload)
-    found = run_ranks(1, "tests.engine.claims:load_weights_alone", {**payload, "seed": 4})[0]
+def test_it_goes_on_within_rounding_in_another_layout(saved: dict[str, Saved]) -> None:
+    elsewhere = {**saved["fp32"].payload, "parallel": VIRTUAL}
+    found = run_ranks(2, "tests.engine.claims:go_on", elsewhere)[0]
+    for step, wanted in enumerate(saved["fp32"].ranks[0]["straight"]):
+        assert found[step] == pytest.approx(wanted, rel=1e-4), step
+
+
+def test_it_goes_on_at_another_learning_rate(saved: dict[str, Saved]) -> None:
+    straight = saved["fp32"].ranks[0]["straight"]
+    found = run_ranks(1, "tests.engine.claims:go_on", {**saved["fp32"].payload, "lr": 2e-2})[0]
+    assert found[0] == pytest.approx(straight[0], rel=1e-4)
+    assert found[1]["lm loss"] != pytest.approx(straight[1]["lm loss"], rel=1e-4)
+
+
+def test_weights_alone_can_be_loaded(saved: dict[str, Saved]) -> None:
+    found = run_ranks(1, "tests.engine.claims:load_weights_alone", {**saved["bf16"].payload, "seed": 4})[0]
     assert found == {"changed": True, "reference follows": True, "weights kept": True}
 
 
