@@ -73,6 +73,7 @@ class TeacherProcess:
                 lambda: self._ready, start_timeout_s, f"the teacher process is not ready after {start_timeout_s:g} s"
             )
         except SIPError:
+            self._process.kill()
             self.close()
             raise
 

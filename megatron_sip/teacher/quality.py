@@ -38,6 +38,8 @@ from megatron_sip.teacher.interfaces import (
 from megatron_sip.teacher.ngram import NgramModel
 from megatron_sip.teacher.overuse import OveruseStatistics
 
+_COPY_LENGTH = 4
+
 
 @dataclass(frozen=True)
 class QualityRecipe:
@@ -127,20 +129,21 @@ class NgramQualityJudge:
             flat = np.concatenate(candidates)
             log_probs = np.log((1 - recipe.cache) * np.exp(log_probs) + recipe.cache * frequency[flat])
         values = np.clip(log_probs - recipe.unigram_discount * log_unigrams, -recipe.token_floor, recipe.token_cap)
+        source = gram_set(prefix) if recipe.copying else frozenset()
         ends = np.cumsum([len(c) for c in candidates])
         scores = np.full(len(candidates), np.nan)
         for index, candidate in enumerate(candidates):
             if len(candidate):
                 mean = values[ends[index] - len(candidate) : ends[index]].mean()
-                scores[index] = mean - self._penalty(prefix, candidate, len(group.reference.tokens))
+                scores[index] = mean - self._penalty(source, candidate, len(group.reference.tokens))
         return scores
 
-    def _penalty(self, prefix: IntArray, candidate: IntArray, reference_length: int) -> float:
+    def _penalty(self, source: frozenset[bytes], candidate: IntArray, reference_length: int) -> float:
         recipe = self._recipe
         repeated = repetition(candidate)
         penalty = recipe.repetition * (repeated + 2 * repeated**2)
         if recipe.copying:
-            penalty += recipe.copying * copied_share(candidate, prefix)
+            penalty += recipe.copying * copied_share(candidate, source)
         if recipe.shortness and reference_length:
             penalty += recipe.shortness * max(0.0, 1 - len(candidate) / reference_length)
         if self._overuse:
@@ -169,13 +172,15 @@ def repetition(tokens: IntArray) -> float:
     return float(np.mean(shares)) if shares else 0.0
 
 
-def copied_share(tokens: IntArray, prefix: IntArray, length: int = 4) -> float:
-    """Share of the text's 4-grams that stand in the prefix, 0..1."""
-    grams = _grams(tokens, length)
-    if not len(grams):
-        return 0.0
-    source = {gram.tobytes() for gram in _grams(prefix, length)}
-    return sum(gram.tobytes() in source for gram in grams) / len(grams)
+def gram_set(tokens: IntArray) -> frozenset[bytes]:
+    """The 4-grams of a text, as ``copied_share`` looks them up."""
+    return frozenset(gram.tobytes() for gram in _grams(tokens, _COPY_LENGTH))
+
+
+def copied_share(tokens: IntArray, source: frozenset[bytes]) -> float:
+    """Share of the text's 4-grams that are in ``source``, 0..1."""
+    grams = _grams(tokens, _COPY_LENGTH)
+    return sum(gram.tobytes() in source for gram in grams) / len(grams) if len(grams) else 0.0
 
 
 def _grams(tokens: IntArray, length: int) -> IntArray:

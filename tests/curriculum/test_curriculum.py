@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_sip.config import from_mapping, to_yaml
+from megatron_sip.config.yaml_text import parse_yaml
 from megatron_sip.curriculum import Curriculum, CurriculumConfig, TriggerState
 from megatron_sip.errors import ConfigurationError
 
@@ -48,6 +50,13 @@ def test_compact_and_yaml_form_are_the_same_phases():
     assert compact.parsed() == yaml.parsed()
     assert Curriculum(yaml, 16).total_steps == 400 + 60 + 200 + 100
     assert Curriculum(yaml, 16).streams == ("ntp", "rewrite", "rollout")
+
+
+def test_phases_pass_through_a_recipe_and_back():
+    text = "phases: [{name: a, steps: 4, ntp: 1.0}, {name: b, rollout: 1, wait_for: {rollout_win_rate: 0.2}}]"
+    config = from_mapping(CurriculumConfig, parse_yaml(text, "recipe"))
+    assert [phase.name for phase in config.parsed()] == ["a", "b"]
+    assert from_mapping(CurriculumConfig, parse_yaml(to_yaml(config), "recipe")).parsed() == config.parsed()
 
 
 def test_phases_follow_each_other_and_the_last_goes_on():

@@ -12,7 +12,7 @@ from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.interfaces import JudgeGroup, Passage, Question
 from megatron_sip.teacher.ngram import fit_ngrams
-from megatron_sip.teacher.quality import RECIPES, NgramQualityJudge, QualityRecipe, copied_share, repetition
+from megatron_sip.teacher.quality import RECIPES, NgramQualityJudge, QualityRecipe, copied_share, gram_set, repetition
 from tests.teacher.docs_text import PREFIX, SUFFIX, Corpus
 
 
@@ -74,8 +74,8 @@ def test_repetition_and_copying_are_shares_of_ngrams():
     assert repetition(np.array([1, 1, 1, 1])) == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert repetition(np.array([1])) == 0
     prefix = np.array([1, 2, 3, 4, 5, 9, 9])
-    assert copied_share(np.array([2, 3, 4, 5, 7, 8]), prefix) == pytest.approx(1 / 3)
-    assert copied_share(np.array([2, 3]), prefix) == 0
+    assert copied_share(np.array([2, 3, 4, 5, 7, 8]), gram_set(prefix)) == pytest.approx(1 / 3)
+    assert copied_share(np.array([2, 3]), gram_set(prefix)) == 0
 
 
 def test_the_score_is_the_mean_of_clipped_values_minus_penalties():
