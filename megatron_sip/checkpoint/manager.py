@@ -156,6 +156,7 @@ class CheckpointManager:
             CheckpointError: the checkpoint is missing, half written, damaged or of another model.
         """
         config = self._config
+        self._warn_of_another_run()
         directory, pretrained = self._agree(self._find)
         if directory is None:
             return None
@@ -235,12 +236,19 @@ class CheckpointManager:
             writing.finish(planned, results, partial)
             layout.write_manifest(partial, step, self._about())
             layout.publish(partial, final)
-            if self._config.keep_last is not None:
-                layout.prune(partial.parent, newest=step, keep=self._config.keep_last)
         except OSError as error:
             return str(error)
         logger.info("saved %s", final)
+        self._prune(partial.parent, step)
         return ""
+
+    def _prune(self, root: Path, step: int) -> None:
+        if self._config.keep_last is None:
+            return
+        try:
+            layout.prune(root, newest=step, keep=self._config.keep_last)
+        except OSError as error:  # the checkpoint is whole all the same, and the next save tries again
+            logger.warning("earlier checkpoints could not be deleted: %s", error)
 
     def _about(self) -> dict[str, Any]:
         context = self._context
@@ -259,6 +267,18 @@ class CheckpointManager:
         if self._context.rank == 0:
             logger.error("%s; training goes on (--on-save-failure continue)", message)
         return False
+
+    def _warn_of_another_run(self) -> None:
+        config = self._config
+        if self._context.rank == 0 and config.save is not None and config.load is None:
+            steps = layout.saved_steps(Path(config.save))
+            if steps:
+                logger.warning(
+                    "--save %s already has a checkpoint of step %d, which this run will not resume (that takes --load) "
+                    "and may replace",
+                    config.save,
+                    steps[-1],
+                )
 
     def _find(self) -> tuple[Path | None, bool]:
         config = self._config
