@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -73,7 +74,25 @@ def test_scripts_name_recipes_and_flags_that_exist(name: str) -> None:
     for found in re.findall(r"recipes/([\w.-]+\.yaml)", text):
         assert found in RECIPES
     known = {*read_schema(TrainConfig).flags, "--config", "--dry-run"}
-    # Flags of the trainer stand on lines of their own, after the name of the program.
-    for block in re.findall(r"pretrain_sip\.py((?:.*\\\n)*.*)", text):
-        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", block):
-            assert flag in known, f"{name}: {flag}"
+    # Flags of the trainer stand after the name of the program; those that launch.sh collects, in parentheses.
+    blocks = [*re.findall(r"pretrain_sip\.py((?:.*\\\n)*.*)", text), *re.findall(r"flags\+?=\((.*)\)", text)]
+    for flag in (flag for block in blocks for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", block)):
+        assert flag in known, f"{name}: {flag}"
+
+
+def test_the_launcher_turns_its_variables_into_flags_and_counts_the_ranks(tmp_path: Path) -> None:
+    """A stand-in for Python prints the arguments that it would be started with."""
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    variables = {
+        "PATH": os.environ["PATH"], "PYTHON": str(echo), "DRY_RUN": "1", "NNODES": "4", "GPUS_PER_NODE": "8",
+        "DATA_PATH": "0.3 a 0.7 b", "PRETRAINED": "weights",
+    }  # fmt: skip
+    script = str(EXAMPLES / "llama2_1.4b_continued.sh")
+    said = subprocess.run(["bash", script, "--lr", "1e-6"], env=variables, capture_output=True, text=True, check=True)
+    expected = (
+        "pretrain_sip.py --config examples/recipes/continued-quality.yaml --data-path 0.3 a 0.7 b "
+        "--pretrained-checkpoint weights --lr 1e-6 --dry-run --dry-run-world-size 32"
+    )
+    assert said.stdout.replace("\n", " ").strip() == expected
