@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_sip.distributed import ParallelConfig, ParallelContext, initialize
 from megatron_sip.model import CausalPlan, ModelConfig, ScoreTargets, build_model
@@ -159,3 +160,30 @@ def _sample_split_logits(context: ParallelContext) -> list[list[int]]:
         ):
             drawn.append(sampler.sample(share, uniforms, parameters)[0].tolist())
     return drawn
+
+
+def generate_after_a_split_update(_: None) -> tuple[list[list[int]], list[list[int]]]:
+    """Greedy tokens after each of two replicas has changed its shard of the weights, and after one has changed all."""
+    context = initialize(ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True), seed=3)
+    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, init_method_std=0.25)
+    [model], [whole] = (build_model(config, SHAPE.vocab, context) for _ in range(2))
+    wrapped = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        ),
+        module=model,
+    )
+    with torch.no_grad():
+        for group in wrapped.bucket_groups:
+            for bucket in group.buckets:
+                bucket.param_data.chunk(context.dp_size)[context.dp_rank].mul_(1.5)
+        for parameter in whole.parameters():
+            parameter.mul_(1.5)
+
+    def greedy(chunk: torch.nn.Module) -> list[list[int]]:
+        engine = InProcessEngine([chunk], context, RolloutConfig(), SHAPE.vocab, EOD)
+        engine.sync_weights(1)
+        return [group[0].tokens.tolist() for group in engine.generate(requests(greedy=True))]
+
+    return greedy(wrapped), greedy(whole)

@@ -170,5 +170,10 @@ def test_a_request_for_no_rollouts_gets_none(ranks: list[dict[str, Any]]) -> Non
     assert ranks[0]["nothing"] == [[]]
 
 
+def test_syncing_completes_a_parameter_gather_that_was_left_to_the_forward_pass() -> None:
+    for updated, expected in run_ranks(2, "tests.rollout.claims:generate_after_a_split_update"):
+        assert updated == expected
+
+
 def test_the_prefixes_are_ragged_enough_to_show_padding_errors() -> None:
     assert len(set(PREFIX_LENGTHS)) >= 4 and 1 in PREFIX_LENGTHS
