@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,18 +106,18 @@ class NgramQualityJudge:
         return passages_hash([group.prefix, group.reference, *(group.candidates[i] for i in question.options)])
 
     async def ask(self, questions: Sequence[Question]) -> list[Verdict]:
-        known: dict[int, FloatArray] = {}
+        start = time.perf_counter()
+        known = {id(question.group): self.scores(question.group) for question in _one_per_group(questions)}
+        latency = (time.perf_counter() - start) / max(1, len(questions))
         verdicts = []
         for question in questions:
             group = question.group
-            if id(group) not in known:
-                known[id(group)] = self.scores(group)
             first, second = (float(known[id(group)][option]) for option in question.options)
             raw = f"{first:.4f} vs {second:.4f}"
             if np.isnan(first) or np.isnan(second):
-                verdicts.append(Verdict(float("nan"), raw, failure="empty candidate"))
+                verdicts.append(Verdict(float("nan"), raw, "empty candidate", latency))
             else:
-                verdicts.append(Verdict(0.5 if first == second else float(first > second), raw))
+                verdicts.append(Verdict(0.5 if first == second else float(first > second), raw, latency_s=latency))
         return verdicts
 
     def scores(self, group: JudgeGroup) -> FloatArray:
@@ -160,6 +161,10 @@ class NgramQualityJudge:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._overuse and state:
             self._overuse.load_state_dict(state)
+
+
+def _one_per_group(questions: Sequence[Question]) -> list[Question]:
+    return list({id(question.group): question for question in questions}.values())
 
 
 def repetition(tokens: IntArray) -> float:

@@ -123,6 +123,7 @@ def test_the_fitted_teacher_ranks_real_text_over_shuffled_over_loops(corpus, jud
     assert statistics["judge/calls"] + statistics["judge/cached"] == 2 * 40 * 6
     assert statistics["judge/cached"] >= 40 * 6
     assert statistics["judge/comparisons_per_prompt"] == 3
+    assert 0 < statistics["judge/latency_p50_s"] <= statistics["judge/latency_p99_s"] < 10
 
 
 def test_running_statistics_of_the_process_can_be_put_back(corpus, judge_path):
