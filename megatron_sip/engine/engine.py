@@ -164,38 +164,46 @@ class Engine:
             self._reference.capture(self.num_updates)
 
     def sharded_state_dict(
-        self, is_loading: bool = False, optimizer: bool = True, reference: bool = True
+        self,
+        is_loading: bool = False,
+        optimizer: bool = True,
+        reference: bool = True,
+        metadata: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """State for ``megatron.core.dist_checkpointing``, loadable at any TP x PP x DP.
 
         "model" (with virtual stages "model0", "model1", ...) has Megatron-LM's keys. "optimizer" and "reference" are
-        there if asked for, the latter only if the run has one.
+        there if asked for, the latter only if the run has one. ``metadata`` is what a checkpoint says of its own
+        format; left out it is ``STATE_FORMAT``.
+
+        Raises:
+            SIPError: the format's optimizer state is bound to its layout.
         """
         self._optimizer.finish_parameter_sync()
-        states = [chunk.sharded_state_dict(metadata=dict(STATE_FORMAT)) for chunk in self.chunks]
+        metadata = {**STATE_FORMAT, **(metadata or {})}
+        states = [chunk.sharded_state_dict(metadata=dict(metadata)) for chunk in self.chunks]
         model = dict(zip(self._model_keys(), states, strict=True))
         state: dict[str, Any] = dict(model)
         if optimizer:
-            state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading)
+            state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading, metadata)
         if reference and self._reference is not None:
             state["reference"] = self._reference.sharded_state_dict(states)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], optimizer: bool = True, reference: bool = True) -> None:
-        """Takes what ``dist_checkpointing.load`` made of ``sharded_state_dict(True, optimizer, reference)``.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes ``sharded_state_dict(is_loading=True, ...)`` back, filled from a checkpoint.
 
-        The flags must be those given there, since Megatron adds what lies in the checkpoint's common part. Without
-        ``optimizer`` the optimizer starts anew from the loaded weights; without ``reference`` these become the
+        Without "optimizer" the optimizer starts anew from the loaded weights; without "reference" these become the
         reference.
         """
         for key, chunk in zip(self._model_keys(), self.chunks, strict=True):
             chunk.load_state_dict(state[key], strict=True)
-        if optimizer:
+        if "optimizer" in state:
             self._optimizer.load_state_dict(state["optimizer"])
         else:
             self._optimizer.reload_main_parameters()
         if self._reference is not None:
-            if reference:
+            if "reference" in state:
                 self._reference.load_state_dict(state["reference"])
             else:
                 self.reset_reference()

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.config import EngineConfig
+from megatron_sip.errors import SIPError
 
 STATE_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Metadata for every ``sharded_state_dict``: optimizer state in the parameters' shapes, loadable at any layout."""
@@ -96,10 +97,22 @@ class Optimizer:
         dist.all_reduce(squares, group=self._context.model_parallel_group)
         return float(squares.sqrt())
 
-    def sharded_state_dict(self, model_state: Mapping[str, Any], is_loading: bool) -> dict[str, Any]:
-        """State for ``dist_checkpointing``; ``model_state`` is the model's."""
+    def sharded_state_dict(
+        self, model_state: Mapping[str, Any], is_loading: bool, metadata: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """State for ``dist_checkpointing``; ``model_state`` is the model's.
+
+        Raises:
+            SIPError: ``metadata`` tells of optimizer state that is bound to its layout.
+        """
+        sharding_type = metadata["distrib_optim_sharding_type"]
+        if sharding_type != STATE_FORMAT["distrib_optim_sharding_type"]:
+            raise SIPError(
+                f"the checkpoint's optimizer state is laid out as {sharding_type}, not as "
+                f"{STATE_FORMAT['distrib_optim_sharding_type']}: load its weights alone with --no-load-optim."
+            )
         state: dict[str, Any] = self._megatron.sharded_state_dict(
-            model_state, is_loading=is_loading, metadata=dict(STATE_FORMAT)
+            model_state, is_loading=is_loading, metadata=dict(metadata)
         )
         if is_loading:
             # Megatron has allocated its state by loading it into itself, which shares the steps.
@@ -116,7 +129,6 @@ class Optimizer:
             self._megatron.load_state_dict(state)
         else:
             tensors = state.pop("param_state")
-            assert state.pop("param_state_sharding_type") == "fully_reshardable"
             self._megatron.load_state_dict(state)
             # The loader wants every key of a parameter's state in the file, where there is no step.
             steps = [(values, values.pop("step").clone()) for values in self._inner.state.values()]
