@@ -61,15 +61,17 @@ class SampleLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken. Raises ``DataError`` if the corpora, seed or sample options have changed."""
-        if set(state["consumed"]) != set(self._streams):
+        dropped = [name for name, count in state["consumed"].items() if count and name not in self._streams]
+        if dropped:
             raise DataError(
-                f"the checkpoint's data streams are {sorted(state['consumed'])}, this run's {sorted(self._streams)}; "
-                "resume with the same data options, or use --finetune to start the data anew"
+                f"the checkpoint has consumed data streams {sorted(dropped)} that this run's curriculum does not train "
+                "on; resume with the same curriculum, or use --finetune to start the data anew"
             )
         for name, stream in self._streams.items():
-            if int(state["identity"][name]) != stream.identity:
+            # A stream that the curriculum has only now begins at its first sample.
+            if name in state["identity"] and int(state["identity"][name]) != stream.identity:
                 raise DataError(
                     f"data stream {name!r} is not the one of the checkpoint: corpora, weights, seed, --seq-length or "
                     "--suffix-length differ; resume with the same, or use --finetune to start the data anew"
                 )
-        self._consumed = {name: int(count) for name, count in state["consumed"].items()}
+        self._consumed = {name: int(state["consumed"].get(name, 0)) for name in self._streams}

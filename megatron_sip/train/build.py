@@ -1,0 +1,189 @@
+"""The only place where parts of different packages are wired together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sip.checkpoint import CheckpointManager, ModelIdentity, StopSignals, StopWatch, identity_of
+from megatron_sip.data.build import NEXT_TOKEN, SUFFIX, build_loader
+from megatron_sip.distributed import ParallelContext, memory_metrics, synchronize
+from megatron_sip.engine.engine import Engine
+from megatron_sip.model import PolicyModel, build_model, count_parameters, training_flops_per_token
+from megatron_sip.objectives import build_judged_objective
+from megatron_sip.observability.run_info import write_run_info
+from megatron_sip.observability.throughput import throughput_scalars
+from megatron_sip.observability.timers import Timers
+from megatron_sip.rollout.in_process import InProcessEngine
+from megatron_sip.teacher import TeacherProcess
+from megatron_sip.tokenizer import Tokenizer, build_tokenizer
+from megatron_sip.train.checks import check_layout, trains_on, uses_judge, uses_rewriter
+from megatron_sip.train.config import TrainConfig
+from megatron_sip.train.record import RunRecord
+from megatron_sip.train.step import StepRunner, StepShape
+from megatron_sip.train.teacher_link import TeacherLink
+from megatron_sip.train.trainer import Schedule, Trainer
+from megatron_sip.train.validation import Validation
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model with its tokenizer and rollout engine: what training and evaluation share."""
+
+    tokenizer: Tokenizer
+    chunks: list[PolicyModel]
+    rollouts: InProcessEngine
+    identity: ModelIdentity
+
+
+def build_policy(config: TrainConfig, context: ParallelContext) -> Policy:
+    """Tokenizer, model and in-process rollouts of this rank."""
+    tokenizer = build_tokenizer(config.tokenizer)
+    chunks = build_model(config.model, tokenizer.vocab_size, context)
+    rollouts = InProcessEngine(chunks, context, config.rollout, tokenizer.vocab_size, tokenizer.eod_id)
+    identity = identity_of(config.model.resolve(), tokenizer.vocab_size, tokenizer.fingerprint)
+    return Policy(tokenizer, chunks, rollouts, identity)
+
+
+def step_shape(config: TrainConfig, tokenizer: Tokenizer) -> StepShape:
+    """Sizes that every step shares."""
+    parallel = config.parallel
+    return StepShape(
+        micro_batch_size=config.training.micro_batch_size,
+        rollout_micro_batch_size=config.training.judged_micro_batch_size,
+        suffix_length=config.data.suffix_length,
+        rollout_length=config.rollout.rollout_max_new_tokens or config.data.suffix_length,
+        pad_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        masked_eod_id=tokenizer.eod_id if config.data.eod_mask_loss else None,
+        eod_id=tokenizer.eod_id,
+        seed=config.training.seed,
+    )
+
+
+def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelContext) -> TeacherProcess | None:
+    """The replica's teacher process, on its leader, if the run asks anything of one."""
+    if not (uses_judge(config) or uses_rewriter(config)) or not context.is_leader:
+        return None
+    teacher = config.teacher
+    if teacher.judge_ledger and context.dp_size > 1:
+        teacher = dataclasses.replace(teacher, judge_ledger=f"{teacher.judge_ledger}.{context.dp_rank}")
+    options = {"tokenizer_fingerprint": tokenizer.fingerprint, "judging": uses_judge(config)}
+    return TeacherProcess(teacher, options)
+
+
+@contextmanager
+def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSignals) -> Iterator[Trainer]:
+    """All parts of a run; what they hold open is closed at the end, however it comes."""
+    with ExitStack() as stack:
+        policy = build_policy(config, context)
+        tokenizer = policy.tokenizer
+        timers = Timers(lambda: synchronize(context.device))
+        link = TeacherLink(
+            start_teacher(config, tokenizer, context),
+            tokenizer,
+            context,
+            timers,
+            config.data.suffix_length,
+            config.teacher.judge_timeout_s,
+        )
+        stack.callback(link.close)
+        engine = Engine(policy.chunks, config.engine, config.objective, context, config.training.train_iters)
+        policy.rollouts.sync_weights(engine.num_updates)
+        loader = build_loader(config.data, config.data.data_path, tokenizer, config.training.seed, _streams(config))
+        shape = step_shape(config, tokenizer)
+        runner = StepRunner(
+            engine=engine,
+            rollouts=policy.rollouts,
+            teacher=link,
+            loader=loader,
+            context=context,
+            shape=shape,
+            pool=config.rollout.pool,
+            preference=config.preference,
+            objective=build_judged_objective(config.objective),
+            timers=timers,
+        )
+        record = RunRecord(config.observability, tokenizer.decode, config.training.train_iters, context.rank == 0)
+        stack.callback(record.close)
+        if context.rank == 0 and config.observability.run_dir is not None:
+            _write_run_info(config, context, tokenizer.vocab_size)
+        watch = StopWatch(signals, config.checkpoint.exit_duration_in_mins)
+        yield Trainer(
+            schedule=Schedule(
+                config.training.train_iters, config.training.eval_interval, config.training.probe_interval
+            ),
+            context=context,
+            engine=engine,
+            loader=loader,
+            curriculum=check_layout(config, context.world_size),
+            runner=runner,
+            teacher=link,
+            validation=_validation(config, context, engine, runner, link, shape, tokenizer),
+            checkpoints=CheckpointManager(config.checkpoint, context, policy.identity),
+            record=record,
+            timers=timers,
+            decide_stop=lambda: watch.decide(context),
+            describe_throughput=_throughput(config, context, tokenizer.vocab_size),
+        )
+
+
+def _streams(config: TrainConfig) -> list[str]:
+    """The data streams that the curriculum draws from: documents may be too short for one that it does not use."""
+    suffixes = any(trains_on(config, stream) for stream in ("suffix", "rewrite", "rollout"))
+    return [NEXT_TOKEN] * trains_on(config, "ntp") + [SUFFIX] * suffixes
+
+
+def _validation(
+    config: TrainConfig,
+    context: ParallelContext,
+    engine: Engine,
+    runner: StepRunner,
+    link: TeacherLink,
+    shape: StepShape,
+    tokenizer: Tokenizer,
+) -> Validation | None:
+    if not config.data.valid_data_path:
+        return None
+    names = [NEXT_TOKEN, SUFFIX] if uses_judge(config) else [NEXT_TOKEN]
+    loader = build_loader(config.data, config.data.valid_data_path, tokenizer, config.training.seed, names)
+    return Validation(
+        engine=engine,
+        runner=runner,
+        teacher=link,
+        loader=loader,
+        context=context,
+        shape=shape,
+        preference=config.preference,
+        num_windows=config.training.eval_iters * config.training.global_batch_size,
+        num_probes=config.training.probe_samples,
+    )
+
+
+def _throughput(
+    config: TrainConfig, context: ParallelContext, vocab_size: int
+) -> Callable[[int, float], Mapping[str, float]]:
+    architecture = config.model.resolve()
+    flops_per_token = training_flops_per_token(architecture, vocab_size, config.data.seq_length)
+    peak = config.observability.peak_tflops
+
+    def describe(num_tokens: int, seconds: float) -> dict[str, float]:
+        rates = throughput_scalars(num_tokens, seconds, flops_per_token, context.world_size, peak)
+        return {**rates, **memory_metrics(context.device)}
+
+    return describe
+
+
+def _write_run_info(config: TrainConfig, context: ParallelContext, vocab_size: int) -> None:
+    facts: dict[str, Any] = {
+        "parameters": count_parameters(config.model.resolve(), vocab_size),
+        "ranks": context.world_size,
+        "layout": f"TP {context.tp_size} x PP {context.pp_size} x DP {context.dp_size}",
+        "device": str(context.device),
+        "cores": os.cpu_count(),
+    }
+    assert config.observability.run_dir is not None
+    write_run_info(config.observability.run_dir, dataclasses.asdict(config), facts)

@@ -1,0 +1,64 @@
+"""The entry point behind ``pretrain_sip.py``: options, process groups, run, exit status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sip.errors import DataError, SIPError
+from megatron_sip.train.checks import check_layout, find_missing
+from megatron_sip.train.config import TrainConfig, load_train_config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs training; returns the exit status. What a user can mend is printed as one line."""
+    logging.basicConfig(level=logging.WARNING, format=" [%(levelname)s] %(message)s")
+    try:
+        config = load_train_config(argv)
+        if config.training.dry_run:
+            from megatron_sip.train.dry_run import dry_run
+
+            print(dry_run(config, os.environ))
+            return 0
+        check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+        missing = find_missing(config)
+        if missing:
+            raise DataError("; ".join(missing))
+    except SIPError as error:
+        # Every rank finds the same fault, so one says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _train(config)
+
+
+def _train(config: TrainConfig) -> int:
+    # Imported here, so that --help and --dry-run answer at once.
+    from megatron_sip.checkpoint import StopSignals
+    from megatron_sip.distributed import initialize
+    from megatron_sip.train.build import build_trainer
+
+    context = initialize(config.parallel, config.training.seed)
+    try:
+        with StopSignals() as signals, build_trainer(config, context, signals) as trainer:
+            trainer.load()
+            end = trainer.run()
+            if end.finished and context.rank == 0 and config.observability.run_dir is not None:
+                _mark_finished(Path(config.observability.run_dir), end.step)
+    except SIPError as error:
+        print(f"error on rank {context.rank}: {error}", file=sys.stderr, flush=True)
+        # Other ranks may wait in a collective for this one: leave at once, so that torchrun ends them.
+        os._exit(1)
+    context.shutdown()
+    return end.exit_code
+
+
+def _mark_finished(run_dir: Path, step: int) -> None:
+    """``finished.json`` says that the run has done all of its steps."""
+    temporary = run_dir / "finished.json.tmp"
+    temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    os.replace(temporary, run_dir / "finished.json")

@@ -1,0 +1,193 @@
+"""The training loop: plan, prepare, train, measure, log, save. Nothing else happens here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sip.checkpoint import CheckpointManager, StopDecision
+from megatron_sip.curriculum import Curriculum, StepPlan, TriggerState
+from megatron_sip.data.loader import SampleLoader
+from megatron_sip.distributed import ParallelContext
+from megatron_sip.engine.engine import Engine
+from megatron_sip.observability.timers import Timers
+from megatron_sip.train.record import RunRecord
+from megatron_sip.train.step import StepOutcome, StepRunner
+from megatron_sip.train.teacher_link import TeacherLink
+from megatron_sip.train.validation import Validation
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the loop does what, in steps; an interval of 0 means never."""
+
+    train_iters: int
+    eval_interval: int = 0
+    probe_interval: int = 0
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """Why and where the loop ended."""
+
+    step: int
+    finished: bool
+    """False: it was stopped by a signal or by its time limit, after saving."""
+    reason: str
+    exit_code: int
+
+
+class Trainer:
+    """Runs the loop with the parts that ``train.build`` made."""
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        context: ParallelContext,
+        engine: Engine,
+        loader: SampleLoader,
+        curriculum: Curriculum,
+        runner: StepRunner,
+        teacher: TeacherLink,
+        validation: Validation | None,
+        checkpoints: CheckpointManager,
+        record: RunRecord,
+        timers: Timers,
+        decide_stop: Callable[[], StopDecision | None],
+        describe_throughput: Callable[[int, float], Mapping[str, float]],
+    ) -> None:
+        """``decide_stop``: asked after each step, answers the same on all ranks. ``describe_throughput``: (tokens,
+        seconds) of a step -> scalars."""
+        self._schedule = schedule
+        self._context = context
+        self._engine = engine
+        self._loader = loader
+        self._curriculum = curriculum
+        self._runner = runner
+        self._teacher = teacher
+        self._validation = validation
+        self._checkpoints = checkpoints
+        self._record = record
+        self._timers = timers
+        self._decide_stop = decide_stop
+        self._describe_throughput = describe_throughput
+        self._step = 0
+        self._trigger = TriggerState()
+        self._tokens = 0
+
+    def run(self) -> RunEnd:
+        """Trains until ``train_iters``, a signal or the time limit; saves at the end. Collective."""
+        self._record.open(self._step)
+        stop: StopDecision | None = None
+        while self._step < self._schedule.train_iters and stop is None:
+            self._one_step()
+            stop = self._decide_stop()
+            self._checkpoints.poll()
+            if self._checkpoints.due(self._step):
+                self._save()
+        if self._checkpoints.due(self._step, last=True):
+            self._save()
+        self._checkpoints.finish()
+        end = RunEnd(self._step, True, "all steps are done", 0)
+        if self._step < self._schedule.train_iters:
+            assert stop is not None
+            end = RunEnd(self._step, False, stop.reason, stop.exit_code)
+        self._record.message(f"the run ends at iteration {end.step}: {end.reason}")
+        return end
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        plan = self._curriculum.plan(self._step, self._trigger)
+        outcome = self._runner.train(self._runner.prepare(self._step, plan))
+        self._tokens += outcome.num_tokens
+        elapsed_s = time.perf_counter() - started
+        scalars = self._scalars(plan, outcome, elapsed_s)
+        scalars.update(self._measure(plan))
+        self._step += 1
+        self._record.step(self._step, plan.phase, outcome, scalars, self._loader.consumed_samples, elapsed_s)
+
+    def _scalars(self, plan: StepPlan, outcome: StepOutcome, elapsed_s: float) -> dict[str, float]:
+        return {
+            **outcome.scalars,
+            **outcome.health.scalars(),
+            **self._timers.pop(),
+            **self._describe_throughput(outcome.num_tokens, elapsed_s),
+            "learning-rate": outcome.result.learning_rate,
+            "batch-size": float(sum(plan.counts.values())),
+            "grad-norm": outcome.result.grad_norm,
+            "iteration-time": elapsed_s,
+            "skipped": float(outcome.result.skipped),
+            "tokens": float(self._tokens),
+            "curriculum/phase": float(plan.phase_index),
+        }
+
+    def _measure(self, plan: StepPlan) -> dict[str, float]:
+        """Held-out measurements after the step that ``plan`` planned, if they are due."""
+        scalars: dict[str, float] = {}
+        done, last = self._step + 1, self._step + 1 == self._schedule.train_iters
+        if self._validation is None:
+            return scalars
+        if _due(self._schedule.eval_interval, done, last):
+            scalars["lm loss validation"] = self._validation.loss()
+            self._record.validation(done, scalars["lm loss validation"])
+        if plan.probe or _due(self._schedule.probe_interval, done, last):
+            probed, _ = self._validation.probe(self._step)
+            scalars.update(probed)
+            if plan.probe:
+                win_rate = probed.get("probe/chosen_rate/rollout", float("nan"))
+                self._trigger = self._curriculum.observe(self._step, win_rate, self._trigger)
+        return scalars
+
+    def _save(self) -> None:
+        self._record.message(f"saving checkpoint at iteration {self._step}")
+        self._checkpoints.save(self._step, self._build_state, self.state_dict())
+
+    def _build_state(self, *, is_loading: bool, with_optimizer: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """The engine's state in the form in which the checkpoint manager asks for it."""
+        return self._engine.sharded_state_dict(is_loading, optimizer=with_optimizer, metadata=metadata)
+
+    def load(self) -> int:
+        """Goes on from the checkpoint that the options name, if there is one; returns the step. Collective."""
+        loaded = self._checkpoints.load(self._build_state)
+        if loaded is None:
+            return 0
+        # Megatron-LM's checkpoints hold weights and optimizer, but nothing of our data order and curriculum.
+        self._engine.load_state_dict(loaded.state)
+        if loaded.weights_only:
+            self._record.message(f"took the weights of {loaded.directory}")
+        elif loaded.common:
+            self.load_state_dict(loaded.common)
+            self._record.message(f"resumed from {loaded.directory} at iteration {self._step}")
+        else:
+            self._step = loaded.step
+            self._record.message(f"resumed weights and optimizer of {loaded.directory} at iteration {self._step}")
+        return self._step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the run but weights and optimizer; equal on all ranks, nothing of the layout."""
+        return {
+            "step": self._step,
+            "tokens": self._tokens,
+            "trigger": self._trigger.state_dict(),
+            "data": self._loader.state_dict(),
+            "engine": self._engine.common_state(),
+            "teacher": self._teacher.state_dict(),
+            "alarms": self._record.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of this run."""
+        self._step = int(state["step"])
+        self._tokens = int(state["tokens"])
+        self._trigger = TriggerState.from_state_dict(state["trigger"])
+        self._loader.load_state_dict(state["data"])
+        self._engine.load_common_state(state["engine"])
+        self._teacher.load_state_dict(state["teacher"])
+        self._record.load_state_dict(state["alarms"])
+
+
+def _due(interval: int, step: int, last: bool) -> bool:
+    return interval > 0 and (step % interval == 0 or last)
