@@ -175,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     try:
         options, config = parse(argv)
-        config.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
+        config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
     except SIPError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

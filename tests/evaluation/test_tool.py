@@ -34,7 +34,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     options = {
         "tokenizer-type": "NullTokenizer",
         "vocab-size": VOCAB,
-        "data-path": corpus,
+        "data-path": folder / "train",  # is not opened
         "test-data-path": corpus,
         "seq-length": 16,
         "suffix-length": 8,
@@ -48,7 +48,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "judge-model": folder / "judge.npz",
         "quality-judge": "half",
         "train-iters": 1,
-        "lr": 1e-3,
+        "eval-iters": 0,
     }
     return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
