@@ -99,7 +99,8 @@ class TeacherLink:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint. With another number of replicas each takes over that of a former one."""
-        replicas = state["replicas"]
+        # A checkpoint of a phase without a teacher has nothing of one.
+        replicas = [replica for replica in state["replicas"] if replica is not None]
         if self._process is not None and replicas:
             self._process.load_state_dict(replicas[self._context.dp_rank % len(replicas)])
 

@@ -87,3 +87,11 @@ def test_a_run_resumed_at_another_layout_goes_on_alike(
     for ours, theirs in zip(resumed, one_rank[5:], strict=True):
         for name in ("lm loss", "loss/dpo", "grad-norm"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-4, err_msg=f"{name} {theirs['step']}")
+
+
+def test_a_warm_up_without_teacher_goes_on_with_rollouts(corpora: Path, tmp_path: Path) -> None:
+    save = str(tmp_path / "checkpoints")
+    run(1, corpora, tmp_path / "a", train_iters=2, save=save, phases=[{"name": "warm-up", "ntp": 1.0}])
+    records = run(1, corpora, tmp_path / "b", train_iters=3, load=save, save=save)[0]["records"]
+    assert [record["step"] for record in records] == [3]
+    assert "sip/chosen_rate/rollout" in records[0]
