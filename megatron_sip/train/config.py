@@ -60,7 +60,7 @@ class TrainingConfig:
         False, help="check the configuration and print sizes, batches, judge calls and what is missing; exit"
     )
     dry_run_world_size: int | None = option(
-        None, help="ranks of the planned job for --dry-run (default: WORLD_SIZE, else 1)"
+        None, help="ranks of the planned job for --dry-run (default: WORLD_SIZE, else one replica: TP x PP)"
     )
     dry_run_corpus_samples: int | None = option(
         None, help="samples of the corpus for --dry-run, where the corpus is not at hand"

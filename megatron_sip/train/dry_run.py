@@ -85,7 +85,8 @@ class DryRun:
 
 def dry_run(config: TrainConfig, environment: Mapping[str, str]) -> str:
     """The report of ``--dry-run``; ``environment`` may hold ``WORLD_SIZE``. Raises ConfigurationError."""
-    world_size = config.training.dry_run_world_size or int(environment.get("WORLD_SIZE", "1"))
+    smallest = config.parallel.model_parallel_size
+    world_size = config.training.dry_run_world_size or int(environment.get("WORLD_SIZE", str(smallest)))
     return render(examine(config, world_size))
 
 

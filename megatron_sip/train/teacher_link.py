@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.observability.timers import Timers
 from megatron_sip.teacher import JudgeResult, RewriteResult, TeacherProcess
@@ -94,7 +97,7 @@ class TeacherLink:
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics of the teacher of each replica, in their order. Collective."""
-        own = None if self._process is None else self._process.state_dict()
+        own = None if self._process is None else _to_tensors(self._process.state_dict())
         return {"replicas": self._context.gather_over_data_parallel(self._context.broadcast_object(own))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,7 +105,7 @@ class TeacherLink:
         # A checkpoint of a phase without a teacher has nothing of one.
         replicas = [replica for replica in state["replicas"] if replica is not None]
         if self._process is not None and replicas:
-            self._process.load_state_dict(replicas[self._context.dp_rank % len(replicas)])
+            self._process.load_state_dict(_to_arrays(replicas[self._context.dp_rank % len(replicas)]))
 
     def close(self) -> None:
         """Ends the teacher's process."""
@@ -125,3 +128,17 @@ def _judged(result: JudgeResult, exposed_wait_s: float) -> JudgedGroups:
         "cached": float(result.num_cached),
     }
     return JudgedGroups(tuple(judgments(result)), counts, tuple(map(float, result.latencies_s)), exposed_wait_s)
+
+
+def _to_tensors(state: Any) -> Any:
+    """A copy with tensors for arrays: checkpoints hold tensors, the teacher's process knows no torch."""
+    if isinstance(state, Mapping):
+        return {key: _to_tensors(value) for key, value in state.items()}
+    return torch.from_numpy(state) if isinstance(state, np.ndarray) else state
+
+
+def _to_arrays(state: Any) -> Any:
+    """The other way round."""
+    if isinstance(state, Mapping):
+        return {key: _to_arrays(value) for key, value in state.items()}
+    return state.numpy() if isinstance(state, torch.Tensor) else state

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sip.data.indexed import CorpusMeta, IndexedWriter
+from megatron_sip.data.indexed import CorpusMeta, IndexedWriter, open_indexed
+from megatron_sip.teacher.ngram import fit_ngrams
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 from megatron_sip.types import Candidate, CandidateKind
 
@@ -39,6 +40,16 @@ def write_corpora(folder: Path) -> None:
                     num_tokens=writer.num_tokens,
                 )
             )
+    fit_judge(folder)
+
+
+def fit_judge(folder: Path) -> None:
+    """An n-gram judge of the policy corpus; its overuse penalty has running statistics, which checkpoints carry."""
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY - 1))
+    corpus = open_indexed(str(folder / "policy"), tokenizer.vocab_size)
+    lengths = np.asarray(corpus.document_lengths)
+    tokens = corpus.tokens(0, int(lengths.sum()))
+    fit_ngrams(tokens, lengths, tokenizer.vocab_size, 3, tokenizer.fingerprint).save(folder / "judge.npz")
 
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -68,7 +79,7 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "vocab_size": VOCABULARY - 1,
         "phases": [{"name": "all", "ntp": 0.5, "suffix": 0.25, "rollout": 0.25}],
         "candidates": "suffix,rollout:2",
-        "judge_quality_weight": 0.0,
+        "judge_model": str(folder / "judge.npz"),
         "judge_factuality_weight": 1.0,
         "objective": "online_dpo",
         "dpo_nll_weight": 0.1,
