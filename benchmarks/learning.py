@@ -122,7 +122,7 @@ def evaluate(experiment: Experiment, seed: int, sip: Path, control: Path, data: 
     if not output.exists():
         command = [sys.executable, "tools/evaluate.py", "--config", str(experiment.config), *experiment.extra]
         command += ["--tensor-model-parallel-size", "1", "--checkpoint", str(sip / "checkpoints")]
-        command += ["--baseline", str(control / "checkpoints"), "--data-path", str(data / "test_text_document")]
+        command += ["--baseline", str(control / "checkpoints"), "--test-data-path", str(data / "test_text_document")]
         command += ["--judge", str(data / "judge.npz"), "--second-judge", str(data / "judge2.npz")]
         command += ["--num-prefixes", str(experiment.num_prefixes), "--temperature", "1.0", "0.8", "0"]
         run([*command, "--output", str(output)], output.with_suffix(".log"))
@@ -158,11 +158,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "runs" / "quickstart" / "data")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--warmup-steps", type=int, default=400)
+    parser.add_argument("--warmup-steps", type=int, default=300)
     parser.add_argument("--rollout-steps", type=int, default=200)
-    parser.add_argument("--curriculum", default="ntp=0.5,rollout=0.5", help="mixture of the SIP arm's steps")
+    parser.add_argument("--curriculum", default="ntp=0.25,rollout=0.75", help="mixture of the SIP arm's steps")
     parser.add_argument("--num-prefixes", type=int, default=600)
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one core each")
+    parser.add_argument("--jobs", type=int, default=3, help="seeds at a time, one core each")
     parser.add_argument("extra", nargs="*", help="more flags for pretrain_sip.py, after a lone --")
     options = parser.parse_args()
     experiment = Experiment(
