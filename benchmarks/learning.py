@@ -83,6 +83,8 @@ def warm_up(experiment: Experiment, seed: int) -> Path:
         steps,
         "--probe-interval",
         "0",
+        "--load",
+        str(arm / "checkpoints"),
     )
     return arm / "checkpoints"
 
@@ -98,11 +100,14 @@ def continue_run(experiment: Experiment, seed: int, name: str, start: Path, phas
     return arm
 
 
-def control_batch(sip: Path, warmup_steps: int, tokens_per_window: int) -> int:
-    """Windows per step with which the control sees no fewer tokens than SIP did."""
+def control_batch(sip: Path, warmup_steps: int) -> int:
+    """Windows per step, in whole micro-batches, with which the control sees no fewer tokens than SIP did."""
+    config = json.loads((sip / "run.json").read_text())["config"]
+    micro_batch_tokens = config["training"]["micro_batch_size"] * config["data"]["seq_length"]
     records = [record for record in metrics(sip) if record["step"] > warmup_steps]
     tokens = records[-1]["tokens"] - (records[0]["tokens"] - _tokens_of(records[0]))
-    return math.ceil(tokens / len(records) / tokens_per_window)
+    num_micro_batches = math.ceil(tokens / len(records) / micro_batch_tokens)
+    return num_micro_batches * config["training"]["micro_batch_size"]
 
 
 def _tokens_of(record: dict[str, Any]) -> float:
@@ -133,8 +138,7 @@ def one_seed(experiment: Experiment, seed: int, data: Path) -> dict[str, Any]:
     """All runs of one seed and their figures."""
     start, after = warm_up(experiment, seed), experiment.warmup_steps
     sip = continue_run(experiment, seed, "sip", start, experiment.curriculum, None)
-    window = json.loads((sip / "run.json").read_text())["config"]["data"]["seq_length"]
-    control = continue_run(experiment, seed, "control", start, "ntp", control_batch(sip, after, window))
+    control = continue_run(experiment, seed, "control", start, "ntp", control_batch(sip, after))
     evaluation = json.loads(evaluate(experiment, seed, sip, control, data).read_text())
     warm = [record for record in metrics(start.parent) if "lm loss validation" in record]
     losses = {

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_sip.curriculum import StepPlan
 from megatron_sip.data.batches import next_token_batches
@@ -36,10 +37,12 @@ from megatron_sip.preference import (
 )
 from megatron_sip.rollout import CandidatePool, GenerationRequest, RolloutEngine, SeedKey, build_group
 from megatron_sip.rollout.statistics import rollout_scalars, rollout_sums
+from megatron_sip.teacher.convert import rewriter_sums
 from megatron_sip.train.teacher_link import JudgedGroups, TeacherLink
 from megatron_sip.types import (
     Candidate,
     CandidateGroup,
+    CandidateKind,
     Objective,
     Preference,
     RowBatch,
@@ -186,7 +189,7 @@ class StepRunner:
                 kl = float("nan")
                 if self._engine.has_reference:
                     batches = self._with_reference(batches)
-                    kl = _kl_to_reference(batches)
+                    kl = _kl_to_reference(preferences, batches)
                 tokens += self._run("rollout", batches, self._objective, plan, last=True)
             health = self._health(prepared, kl)
         with self._timers("optimizer"):
@@ -194,7 +197,17 @@ class StepRunner:
             result = self._engine.optimizer_step()
             self._rollouts.sync_weights(self._engine.num_updates)
         scalars.update(self._rollout_scalars(prepared))
+        scalars.update(self._rewriter_scalars(prepared))
+        scalars.update(self._policy_scalars(prepared))
         return StepOutcome(result, scalars, round(tokens), preferences, health)
+
+    def _policy_scalars(self, prepared: PreparedStep) -> dict[str, float]:
+        versions = [c.weight_version for group in prepared.groups for c in group.candidates if c.weight_version >= 0]
+        scalars = {"params-norm": self._engine.parameter_norm()}
+        if versions:
+            # The optimizer has stepped since: what the batch was trained with was one version older.
+            scalars["policy/staleness_steps"] = max(0.0, float(self._engine.num_updates - 1 - np.mean(versions)))
+        return scalars
 
     def _preferences(self, prepared: PreparedStep, scalars: dict[str, float]) -> Sequence[Preference]:
         """Waits for the verdicts; adds the judge's and the preferences' scalars."""
@@ -298,6 +311,16 @@ class StepRunner:
         self._engine.run(TrainPass(stream, batches, objective, scale), last=last)
         return counts["tokens"]
 
+    def _rewriter_scalars(self, prepared: PreparedStep) -> dict[str, float]:
+        groups = [*prepared.rewrite_groups, *(prepared.groups if self._pool.rewrite else ())]
+        if not groups:
+            return {}
+        rewrites = [next((c for c in g.candidates if c.kind is CandidateKind.REWRITE), None) for g in groups]
+        own = rewriter_sums([group.sample for group in groups], rewrites)
+        flat = {f"{part} {name}": pair[part] for name, pair in own.items() for part in (0, 1)}
+        sums = self._context.sum_over_data_parallel(flat)
+        return _ratios({name: (sums[f"0 {name}"], sums[f"1 {name}"]) for name in own})
+
     def _rollout_scalars(self, prepared: PreparedStep) -> dict[str, float]:
         if not prepared.groups or not self._pool.num_rollouts:
             return {}
@@ -324,19 +347,24 @@ def _ratios(metrics: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     return {name: total / count for name, (total, count) in metrics.items() if count}
 
 
-def _kl_to_reference(batches: Sequence[RowBatch]) -> float:
-    """Nats per token: mean of (sampling - reference) log-prob over the sampled tokens of the chosen and rejected rows.
+def _kl_to_reference(preferences: Sequence[Preference], batches: Sequence[RowBatch]) -> float:
+    """Nats per token: mean of (sampling - reference) log-prob over the rollouts that were chosen or rejected.
 
-    An estimate from what was sampled, unbiased if all of a row's candidates are rollouts at T = 1; NaN without any.
+    An estimate of KL(policy || reference), unbiased if the judge's choice has nothing to do with the ratio; NaN if no
+    rollout was chosen or rejected.
     """
-    total = count = 0.0
-    for batch in batches:
-        if batch.sampling_log_probs is None or batch.reference_log_probs is None:
-            continue
-        scored = batch.mask.double() * (batch.weights > 0).double().unsqueeze(1)
-        difference = batch.sampling_log_probs.double() - batch.reference_log_probs.double().cpu()
-        total += float((difference * scored).sum())
-        count += float(scored.sum())
+    total, count = 0.0, 0
+    block = batches[0].layout.candidate_block
+    references = torch.cat([batch.reference_log_probs for batch in batches if batch.reference_log_probs is not None])
+    references = references.double().cpu()
+    for row, preference in enumerate(preferences):
+        picks = (preference.chosen, preference.rejected)
+        for place, pick in enumerate(pick for pick in picks if pick is not None and preference.weight):
+            sampled = preference.group.candidates[pick].sampling_log_probs
+            if sampled is not None:
+                reference = references[row, place * block : place * block + len(sampled)]
+                total += float(sampled.sum(dtype=np.float64)) - float(reference.sum())
+                count += len(sampled)
     return total / count if count else math.nan
 
 
