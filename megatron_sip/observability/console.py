@@ -87,7 +87,10 @@ class Console:
             f"elapsed time per iteration (ms): {1000.0 * self._elapsed_s / self._steps:.1f}",
         ]
         if "throughput" in means:
-            fields.append(f"throughput per GPU (TFLOP/s/GPU): {means['throughput']:.1f}")
+            throughput = means["throughput"]
+            # A CPU's would read 0.0 in Megatron's one decimal.
+            digits = f"{throughput:.1f}" if throughput >= 1 else f"{throughput:.2g}"
+            fields.append(f"throughput per GPU (TFLOP/s/GPU): {digits}")
         if "learning-rate" in latest:
             fields.append(f"learning rate: {latest['learning-rate']:.6E}")
         if "batch-size" in latest:
