@@ -1,0 +1,147 @@
+"""Judges that ask a server: one prompt per question, votes as samples of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_sip.teacher.http.client import ChatClient
+from megatron_sip.teacher.http.config import RoleSettings
+from megatron_sip.teacher.http.failures import REFUSED, REJECTED, SERVER, UNPARSABLE, Failure, kind_of
+from megatron_sip.teacher.http.reply import Choice, Reply
+from megatron_sip.teacher.http.templates import Template, prompt_digest
+from megatron_sip.teacher.http.verdicts import FORMATS, NAN, verdict_of
+from megatron_sip.teacher.interfaces import JudgeIdentity, Question, Verdict
+
+_ASK_AGAIN = (UNPARSABLE, REFUSED, SERVER)
+"""Of a completion: another sample may be better. Calls that failed were tried again by the client."""
+
+
+def request_body(settings: RoleSettings, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """A chat completion request, but for ``n``."""
+    body: dict[str, Any] = {
+        "model": settings.model,
+        "messages": list(messages),
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+    }
+    if settings.reasoning_effort:
+        body["reasoning_effort"] = settings.reasoning_effort
+    if settings.chat_template_kwargs:
+        body["chat_template_kwargs"] = dict(settings.chat_template_kwargs)
+    if messages[-1]["role"] == "assistant":
+        # vLLM's way to let an answer go on from given words.
+        body |= {"add_generation_prompt": False, "continue_final_message": True}
+    return body
+
+
+class HttpJudge:
+    """Pairwise (quality, coherence) or pointwise (safety, factuality), by its criterion."""
+
+    def __init__(
+        self,
+        criterion: str,
+        template: Template,
+        client: ChatClient,
+        settings: RoleSettings,
+        parse_attempts: int = 2,
+        batch_votes: bool = True,
+    ) -> None:
+        """``batch_votes``: ask for several votes by ``n`` in one request; falls back to single requests by itself."""
+        self.criterion = criterion
+        self._template = template
+        self._client = client
+        self._settings = settings
+        self._format = FORMATS[criterion]
+        self._parse_attempts = parse_attempts
+        # Servers refuse n > 1 at temperature 0, where all samples are equal.
+        self._batch_votes = batch_votes and settings.temperature > 0
+        self.counts: Counter[str] = Counter()
+        """``asked_again``: verdicts asked for once more because a completion held none."""
+
+    def identity(self) -> JudgeIdentity:
+        settings = self._settings
+        sampling = {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+            "reasoning_effort": settings.reasoning_effort,
+            "structured_output": settings.structured_output,
+            "chat_template_kwargs": dict(settings.chat_template_kwargs),
+        }
+        return JudgeIdentity(f"http-{self.criterion}", settings.model, json.dumps(sampling, sort_keys=True, default=str))
+
+    def prompt_hash(self, question: Question) -> str:
+        return prompt_digest(self._messages(question))
+
+    async def ask(self, questions: Sequence[Question]) -> list[Verdict]:
+        """Questions that differ in nothing but their vote become one request where the server can."""
+        alike: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+        for index, question in enumerate(questions):
+            alike[id(question.group), question.options].append(index)
+        answers = await asyncio.gather(
+            *(self._votes(self._messages(questions[indices[0]]), len(indices)) for indices in alike.values())
+        )
+        verdicts = [Verdict(NAN)] * len(questions)
+        for indices, votes in zip(alike.values(), answers, strict=True):
+            for index, verdict in zip(indices, votes, strict=True):
+                verdicts[index] = verdict
+        return verdicts
+
+    def _messages(self, question: Question) -> list[dict[str, str]]:
+        group, options = question.group, question.options
+        texts = [group.candidates[option].text for option in options]
+        values = {"prefix": group.prefix.text, "reference": group.reference.text, "text": texts[0]}
+        values |= {f"option_{number}": text for number, text in enumerate(texts, 1)}
+        return self._template.render(values)
+
+    async def _votes(self, messages: Sequence[Mapping[str, str]], count: int) -> list[Verdict]:
+        """``count`` samples of one prompt; those without a verdict are drawn again a few times."""
+        body = request_body(self._settings, messages)
+        if self._settings.structured_output:
+            body |= self._format.structured
+        verdicts = await self._draw(body, count)
+        for _ in range(self._parse_attempts - 1):
+            again = [i for i, (verdict, drawn) in enumerate(verdicts) if drawn and kind_of(verdict.failure) in _ASK_AGAIN]
+            if not again:
+                break
+            self.counts["asked_again"] += len(again)
+            for index, new in zip(again, await self._draw(body, len(again)), strict=True):
+                verdicts[index] = new
+        return [verdict for verdict, _ in verdicts]
+
+    async def _draw(self, body: Mapping[str, Any], count: int) -> list[tuple[Verdict, bool]]:
+        """``count`` verdicts, each with whether a completion came at all."""
+        start = time.monotonic()
+        if count > 1 and self._batch_votes:
+            reply = await self._client.complete({**body, "n": count})
+            if isinstance(reply, Failure):
+                if reply.kind != REJECTED:
+                    return [self._failed(reply, start)] * count
+                choices: tuple[Choice, ...] = ()
+            else:
+                choices = reply.choices[:count]
+            if len(choices) < count:
+                # It ignores n, or refuses it: single requests from now on.
+                self._batch_votes = False
+        else:
+            choices = ()
+        verdicts = [(verdict_of(choice, self._format, time.monotonic() - start), True) for choice in choices]
+        rest = [self._draw_one(body) for _ in range(count - len(verdicts))]
+        return verdicts + await asyncio.gather(*rest)
+
+    async def _draw_one(self, body: Mapping[str, Any]) -> tuple[Verdict, bool]:
+        start = time.monotonic()
+        reply = await self._client.complete(body)
+        if isinstance(reply, Reply):
+            return verdict_of(reply.choices[0], self._format, time.monotonic() - start), True
+        return self._failed(reply, start)
+
+    @staticmethod
+    def _failed(failure: Failure, start: float) -> tuple[Verdict, bool]:
+        return Verdict(NAN, failure=str(failure), latency_s=time.monotonic() - start), False

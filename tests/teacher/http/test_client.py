@@ -1,0 +1,221 @@
+"""Covers the client against a real server that fails in every way we know of: what is retried, and exact counts."""
+
+import asyncio
+import datetime
+import socket
+import time
+
+import pytest
+
+from megatron_sip.teacher.http.client import ChatClient, ClientSettings
+from megatron_sip.teacher.http.failures import Failure, retry_after
+from megatron_sip.teacher.http.reply import Reply
+from tests.teacher.http.server import FaultServer
+
+BODY = {"model": "m", "messages": [{"role": "user", "content": "Which?"}]}
+KEY = "sk-very-secret"
+
+
+def settings(**changes):
+    values = dict(
+        max_in_flight=64, connect_timeout_s=1.0, read_timeout_s=0.3, request_timeout_s=0.5, give_up_s=8.0, max_attempts=4,
+        backoff_s=0.01, max_backoff_s=0.05, breaker_failures=1000, breaker_pause_s=0.05, rate_per_s=0.0,
+        hedge_percentile=0.0,
+    )  # fmt: skip
+    return ClientSettings(**(values | changes))
+
+
+def ask(urls, count=1, key="", **changes):
+    """Answers to ``count`` concurrent requests, and the client's counts."""
+
+    async def run():
+        client = ChatClient(urls, settings(**changes), key)
+        try:
+            return await asyncio.gather(*(client.complete(BODY) for _ in range(count))), client
+        finally:
+            await client.close()
+
+    answers, client = asyncio.run(run())
+    return answers, client
+
+
+def texts(answers):
+    return [answer.choices[0].text if isinstance(answer, Reply) else answer.kind for answer in answers]
+
+
+def dead_url():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+
+
+TRANSIENT = {
+    "status 500": "server", "status 503": "server", "status 408": "server", "retry-after 0": "server",
+    "garbage": "server", "truncated-json": "server", "empty-choices": "server", "abort": "server",
+    "reset": "transport", "truncated-body": "transport", "hang": "transport",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_transient_fault_is_tried_again_and_counted_once(fault):
+    with FaultServer([fault, fault]) as server:
+        answers, client = ask([server.url])
+    assert texts(answers) == ["Conclusion: Option 1"]
+    assert server.counts == {fault: 2, "ok": 1}
+    assert client.counts == {
+        "requests": 1, "attempts": 3, "retries": 2, "answered": 1, f"attempt_{TRANSIENT[fault]}": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_fault_that_stays_is_a_failure_after_the_last_attempt(fault):
+    with FaultServer(fault=lambda number: fault) as server:
+        answers, client = ask([server.url], max_attempts=2)
+    assert texts(answers) == [TRANSIENT[fault]]
+    assert server.counts == {fault: 2}
+    assert client.counts["failed"] == 1 and client.counts["answered"] == 0
+
+
+@pytest.mark.parametrize(
+    "fault, kind",
+    [("status 400", "rejected"), ("status 401", "rejected"), ("status 404", "rejected"), ("status 422", "rejected"),
+     ("too-long", "too_long")],
+)  # fmt: skip
+def test_other_4xx_are_never_tried_again(fault, kind):
+    with FaultServer(fault=lambda number: fault) as server:
+        answers, client = ask([server.url])
+    assert texts(answers) == [kind] and len(server.seen) == 1
+    assert client.counts[f"attempt_{kind}"] == 1 and client.counts["retries"] == 0
+
+
+def test_retry_after_is_honoured_by_every_request_to_that_server():
+    with FaultServer(["retry-after 0.4"]) as server:
+        answers, _ = ask([server.url], count=5, max_in_flight=1)
+    first, *others = (seen.time_s for seen in server.seen)
+    assert min(others) - first >= 0.39
+    assert texts(answers) == ["Conclusion: Option 1"] * 5 and server.counts == {"retry-after 0.4": 1, "ok": 5}
+
+
+def test_retry_after_is_read_as_seconds_or_as_a_date():
+    now = datetime.datetime(2026, 11, 21, 7, 0, 0, tzinfo=datetime.timezone.utc)
+    assert retry_after("2.5", now) == 2.5
+    assert retry_after("Sat, 21 Nov 2026 07:00:30 GMT", now) == 30.0
+    assert retry_after("Sat, 21 Nov 2026 06:00:00 GMT", now) == 0.0
+    assert retry_after("soon", now) is None and retry_after(None, now) is None
+
+
+def test_a_storm_of_mixed_faults_is_counted_exactly():
+    cycle = ["status 500", "", "reset", "", "garbage", "", "", "truncated-json", "", "empty-choices", "", "", "status 429"]
+    with FaultServer(fault=lambda number: cycle[number % len(cycle)]) as server:
+        answers, client = ask([server.url], count=300, max_attempts=50)
+    counts, seen = client.counts, server.counts
+    assert texts(answers) == ["Conclusion: Option 1"] * 300
+    assert seen["ok"] == counts["answered"] == 300
+    assert counts["attempts"] == len(server.seen) == 300 + counts["retries"]
+    assert counts["attempt_transport"] == seen["reset"] > 0
+    assert counts["attempt_server"] == len(server.seen) - seen["reset"] - 300
+
+
+def test_a_dead_endpoint_is_left_alone_while_others_answer():
+    with FaultServer() as one, FaultServer() as two:
+        answers, client = ask(
+            [dead_url(), one.url, two.url], count=200, max_in_flight=8, breaker_failures=3, breaker_pause_s=60.0
+        )
+    assert texts(answers) == ["Conclusion: Option 1"] * 200
+    # Up to 8 requests may be under way when it opens.
+    assert 3 <= client.counts["attempt_transport"] <= 8
+    assert len(one.seen) + len(two.seen) == 200 and min(len(one.seen), len(two.seen)) > 60
+
+
+def test_when_all_endpoints_are_dead_requests_wait_and_go_on_when_one_is_back():
+    with FaultServer() as server:
+        server.stop()
+
+        async def run():
+            client = ChatClient([server.url], settings(breaker_failures=2, max_attempts=3, breaker_pause_s=0.05))
+            asking = asyncio.gather(*(client.complete(BODY) for _ in range(20)))
+            await asyncio.sleep(0.6)
+            await asyncio.to_thread(server.start_again)
+            try:
+                return await asking, client
+            finally:
+                await client.close()
+
+        answers, client = asyncio.run(run())
+    assert texts(answers) == ["Conclusion: Option 1"] * 20
+    # The first burst, then one probe per pause: 0.05, 0.1, 0.2, ... s.
+    assert client.counts["attempt_transport"] <= 20 + 6
+    assert client.endpoints[0].times_opened >= 2
+
+
+def test_a_half_open_endpoint_gets_one_probe_at_a_time():
+    def fault(number):
+        return "status 500" if number < 4 else "slow 0.3" if number == 4 else ""
+
+    with FaultServer(fault=fault) as server:
+        answers, _ = ask([server.url], count=4, breaker_failures=4, max_attempts=30, read_timeout_s=2.0, request_timeout_s=2.0)
+    assert texts(answers) == ["Conclusion: Option 1"] * 4
+    probe, *others = (seen.time_s for seen in server.seen[4:])
+    assert len(others) == 3 and min(others) - probe >= 0.29
+
+
+def test_no_request_waits_longer_than_its_deadline():
+    started = time.monotonic()
+    answers, client = ask([dead_url()], count=3, breaker_failures=1, give_up_s=0.5)
+    assert texts(answers) == ["transport"] * 3
+    assert time.monotonic() - started < 2.0
+
+
+def test_requests_go_to_the_least_busy_endpoint():
+    with FaultServer(delay_s=0.2) as slow, FaultServer(delay_s=0.01) as quick:
+        ask([slow.url, quick.url], count=100, max_in_flight=10)
+    assert len(slow.seen) + len(quick.seen) == 100
+    assert slow.max_open <= 6 and len(quick.seen) > 2 * len(slow.seen)
+
+
+def test_no_more_requests_are_under_way_than_allowed_and_connections_are_reused():
+    with FaultServer(delay_s=0.005) as server:
+        ask([server.url], count=100, max_in_flight=7)
+    assert server.max_open == 7 and len(server.connections) <= 7
+
+
+def test_the_rate_limit_spaces_requests():
+    with FaultServer() as server:
+        ask([server.url], count=10, rate_per_s=25.0)
+    assert server.seen[-1].time_s - server.seen[0].time_s >= 9 / 25 - 0.02
+
+
+def test_a_slow_request_is_hedged_by_a_second_one_elsewhere():
+    with FaultServer(fault=lambda number: "slow 2" if number == 60 else "") as one, FaultServer() as two:
+
+        async def run():
+            client = ChatClient(
+                [one.url, two.url], settings(hedge_percentile=95.0, read_timeout_s=5.0, request_timeout_s=5.0)
+            )
+            started = time.monotonic()
+            answers = [await client.complete(BODY) for _ in range(150)]
+            await client.close()
+            return answers, client, time.monotonic() - started
+
+        answers, client, elapsed = asyncio.run(run())
+    assert texts(answers) == ["Conclusion: Option 1"] * 150
+    assert client.counts["hedges"] >= 1 and elapsed < 1.9
+    assert client.counts["requests"] == client.counts["answered"] == 150
+
+
+def test_the_api_key_is_sent_and_masked_where_a_server_echoes_it():
+    with FaultServer(["echo-key"]) as server:
+        answers, _ = ask([server.url], key=KEY)
+    assert server.seen[0].headers["Authorization"] == f"Bearer {KEY}"
+    assert isinstance(answers[0], Failure) and "***" in str(answers[0]) and KEY not in repr(answers[0])
+
+
+def test_lone_surrogates_do_not_stop_a_request():
+    async def run():
+        client = ChatClient([server.url], settings())
+        answer = await client.complete({**BODY, "messages": [{"role": "user", "content": "broken \ud800 text"}]})
+        await client.close()
+        return answer
+
+    with FaultServer() as server:
+        assert isinstance(asyncio.run(run()), Reply)
