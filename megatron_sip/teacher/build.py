@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.teacher.config import TeacherConfig
@@ -15,32 +16,75 @@ from megatron_sip.teacher.quality import NgramQualityJudge
 from megatron_sip.teacher.rewriter import CopyRewriter, RuleRewriter
 from megatron_sip.teacher.safety import WordListSafetyJudge, load_words
 
+if TYPE_CHECKING:
+    from megatron_sip.teacher.http.build import HttpTeacher
 
-def build_teacher(config: TeacherConfig, tokenizer_fingerprint: str = "", judging: bool = True) -> Panel:
-    """The embedded teacher; without ``judging`` it only rewrites, and needs no judge model.
 
-    Raises ConfigurationError or DataError for a judge model that is missing or does not fit.
+def build_teacher(
+    config: TeacherConfig,
+    tokenizer_fingerprint: str = "",
+    judging: bool = True,
+    rewriting: bool = True,
+    replica: int = 0,
+    num_replicas: int = 1,
+) -> Panel:
+    """The teacher; without ``judging`` it only rewrites and needs no judge, without ``rewriting`` it copies.
+
+    ``replica`` of ``num_replicas`` teachers of the run: limits of the whole run are split over them.
+    Raises ConfigurationError or DataError for what is missing or does not fit (judge model, endpoints, templates).
     """
-    words = load_words(config.safety_words)
+    http: HttpTeacher | None = None
+    if config.http_roles(judging, rewriting):
+        # Only here, so that the embedded teacher starts without an HTTP library.
+        from megatron_sip.teacher.http.build import HttpTeacher
+
+        http = HttpTeacher(config, replica, num_replicas)
     quality: PairwiseJudge | None = None
-    if judging and config.judge_quality_weight:
-        quality = NgramQualityJudge(_judge_model(config, tokenizer_fingerprint), config.quality_recipe)
+    coherence: PairwiseJudge | None = None
     pointwise: list[PointwiseJudge] = []
-    if judging and config.judge_safety_weight:
-        pointwise.append(WordListSafetyJudge(words))
-    if judging and config.judge_factuality_weight:
-        pointwise.append(OverlapFactualityJudge())
-    rewriter: Rewriter = CopyRewriter() if config.rewriter == "copy" else RuleRewriter(words)
+    if judging and http is not None and config.teacher == "http":
+        quality = http.judge("quality") if "quality" in config.criteria else None
+        coherence = http.judge("coherence") if "coherence" in config.criteria else None
+        pointwise += [http.judge(c) for c in ("safety", "factuality") if c in config.criteria]
+    elif judging:
+        quality, pointwise = _embedded_judges(config, tokenizer_fingerprint)
     settings = PanelSettings(
         weights=config.weights,
         pair_schedule=config.pair_schedule,
         pair_pivot=config.pair_pivot,
         pair_order=config.pair_order,
         votes=config.judge_votes,
+        criterion_votes={criterion: config.votes_of(criterion) for criterion in config.criteria},
     )
     return Panel(
-        quality, pointwise, rewriter, settings, Ledger(Path(config.judge_ledger)) if config.judge_ledger else None
+        quality,
+        pointwise,
+        _rewriter(config, http if rewriting else None),
+        settings,
+        Ledger(Path(config.judge_ledger)) if config.judge_ledger else None,
+        coherence=coherence,
+        remote=http,
     )
+
+
+def _embedded_judges(config: TeacherConfig, fingerprint: str) -> tuple[PairwiseJudge | None, list[PointwiseJudge]]:
+    quality: PairwiseJudge | None = None
+    if config.judge_quality_weight:
+        quality = NgramQualityJudge(_judge_model(config, fingerprint), config.quality_recipe)
+    pointwise: list[PointwiseJudge] = []
+    if config.judge_safety_weight:
+        pointwise.append(WordListSafetyJudge(load_words(config.safety_words)))
+    if config.judge_factuality_weight:
+        pointwise.append(OverlapFactualityJudge())
+    return quality, pointwise
+
+
+def _rewriter(config: TeacherConfig, http: HttpTeacher | None) -> Rewriter:
+    """Without a server to ask where the configuration wants one, nothing is rewritten in this process: copies."""
+    kind = config.rewriter_kind
+    if kind == "http" and http is not None:
+        return http.rewriter()
+    return RuleRewriter(load_words(config.safety_words)) if kind == "rule" else CopyRewriter()
 
 
 def _judge_model(config: TeacherConfig, tokenizer_fingerprint: str) -> NgramModel:

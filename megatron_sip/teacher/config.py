@@ -8,23 +8,26 @@ from dataclasses import dataclass
 
 from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
+from megatron_sip.teacher.http.config import HttpOptions
 from megatron_sip.teacher.quality import RECIPES, QualityRecipe
 from megatron_sip.teacher.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class PanelOptions:
     """The judges, their weights, and the process they live in."""
 
     teacher: str = option(
         "embedded",
-        help="embedded: n-gram quality judge, word-list safety judge, word-overlap factuality judge, rewriter of rules",
-        choices=("embedded",),
+        help="embedded: n-gram judge, word-list safety judge, word-overlap factuality judge, rewriter of rules; "
+        "http: models behind judge-endpoints",
+        choices=("embedded", "http"),
     )
     judge_model: str = option("", help="n-gram model of the embedded quality judge (tools/fit_judge.py)", metavar="NPZ")
     judge_quality_weight: float = option(1.0, help="weight of quality in a candidate's score; 0: not asked")
     judge_safety_weight: float = option(0.0, help="weight of safety; 0: not asked")
     judge_factuality_weight: float = option(0.0, help="weight of factuality; 0: not asked")
+    judge_coherence_weight: float = option(0.0, help="weight of coherence (least repetition), by http; 0: not asked")
     quality_judge: str = option(
         "robust",
         help="embedded quality judge: plain log-probability (a policy cheats it within 20 steps), half, or robust",
@@ -49,23 +52,59 @@ class TeacherConfig:
     )
     judge_votes: int = option(1, help="votes per question")
     rewriter: str = option(
-        "rule", help="rule: plain tidying rules; copy: the suffix as it is", choices=("rule", "copy")
+        "auto",
+        help="rule: plain tidying rules; copy: the suffix as it is; http: a model; auto: http as the teacher, or rule",
+        choices=("auto", "rule", "copy", "http"),
     )
     judge_ledger: str = option("", help="SQLite file that keeps all verdicts and answers repeated questions [none]")
     judge_timeout_s: float = option(600.0, help="seconds to wait for the verdicts of a batch before the run stops")
     judge_queue: int = option(64, help="batches that the teacher process holds at most; more wait before they are sent")
 
+
+@dataclass(frozen=True)
+class TeacherConfig(HttpOptions, PanelOptions):
+    """The judges, their weights, and the process they live in."""
+
     @property
     def weights(self) -> dict[str, float]:
-        return {
+        """Criterion -> weight in the total."""
+        weights = {
             "quality": self.judge_quality_weight,
             "safety": self.judge_safety_weight,
             "factuality": self.judge_factuality_weight,
         }
+        return weights | ({"coherence": self.judge_coherence_weight} if self.judge_coherence_weight else {})
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Those that are asked."""
+        return tuple(criterion for criterion, weight in self.weights.items() if weight)
+
+    @property
+    def rewriter_kind(self) -> str:
+        """``rule``, ``copy`` or ``http``."""
+        if self.rewriter != "auto":
+            return self.rewriter
+        return "http" if self.teacher == "http" else "rule"
 
     @property
     def quality_recipe(self) -> QualityRecipe:
         return RECIPES[self.quality_judge].with_settings(self.quality_settings)
+
+    def votes_of(self, criterion: str) -> int:
+        """Votes per question of a criterion."""
+        if self.teacher != "http":
+            return self.judge_votes
+        return self.role_settings(criterion, self.judge_votes).votes
+
+    def http_roles(self, judging: bool = True, rewriting: bool = True) -> dict[str, int]:
+        """Roles that are asked over HTTP, with their votes per question."""
+        roles = {}
+        if judging and self.teacher == "http":
+            roles = {criterion: self.judge_votes for criterion in self.criteria}
+        if rewriting and self.rewriter_kind == "http":
+            roles["rewriter"] = 1
+        return roles
 
     def validate(self) -> None:
         """Raises ConfigurationError for values that cannot work; files are opened by the process, not here."""
@@ -74,6 +113,11 @@ class TeacherConfig:
                 raise ConfigurationError(f"judge-{criterion}-weight is {weight}: give a number of at least 0")
         if not any(self.weights.values()):
             raise ConfigurationError("all judge weights are 0: give quality, safety or factuality a weight")
+        if self.judge_coherence_weight and self.teacher != "http":
+            raise ConfigurationError(
+                f"judge-coherence-weight is {self.judge_coherence_weight}, but the {self.teacher} teacher has none "
+                "of it: give --teacher http, or weight 0"
+            )
         if self.judge_votes < 1:
             raise ConfigurationError(f"judge-votes is {self.judge_votes}: give at least 1")
         if not self.judge_timeout_s > 0:
@@ -83,3 +127,4 @@ class TeacherConfig:
         if self.quality_judge not in RECIPES:
             raise ConfigurationError(f"quality-judge is {self.quality_judge!r}: use one of {', '.join(RECIPES)}")
         RECIPES[self.quality_judge].with_settings(self.quality_settings)
+        self.validate_http(self.http_roles(), self.judge_timeout_s)

@@ -73,6 +73,10 @@ class JudgeResult:
     """Of those, how many changed their verdict with the order."""
     latencies_s: FloatArray = field(default_factory=lambda: np.zeros(0))
     """Per call."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Missing verdicts per kind of failure (``megatron_sip.teacher.http.failures``; "other" for embedded judges)."""
+    remote: Mapping[str, int] = field(default_factory=dict)
+    """What the client counted since the last result: requests, attempts, retries, hedges, ..."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,17 @@ class Teacher(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
-    def close(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+class RemotePart(Protocol):
+    """What judges over a network share: connections to close, and counts of what happened on the way."""
+
+    def counts(self) -> Mapping[str, int]:
+        """Since the start: requests, attempts, retries, hedges, ..."""
+        ...
+
+    async def aclose(self) -> None: ...
 
 
 def passages_hash(passages: Sequence[Passage]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sip.teacher.aggregate import mean_of_votes, weighted_total
+from megatron_sip.teacher.http.failures import kind_of
 from megatron_sip.teacher.interfaces import (
     FloatArray,
     GroupVerdict,
@@ -23,6 +24,7 @@ from megatron_sip.teacher.interfaces import (
     PairwiseJudge,
     PointwiseJudge,
     Question,
+    RemotePart,
     Rewriter,
     RewriteRequest,
     RewriteResult,
@@ -44,6 +46,11 @@ class PanelSettings:
     pair_order: str
     """"random": either option first, drawn per vote; "both": each vote asks both orders; "fixed": earlier first."""
     votes: int
+    criterion_votes: Mapping[str, int] = field(default_factory=dict)
+    """Votes per question of criteria that differ."""
+
+    def votes_of(self, criterion: str) -> int:
+        return self.criterion_votes.get(criterion, self.votes)
 
 
 @dataclass
@@ -54,6 +61,7 @@ class _Tally:
     num_cached: int = 0
     num_both_orders: int = 0
     num_flips: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -73,8 +81,15 @@ class Panel:
         rewriter: Rewriter,
         settings: PanelSettings,
         ledger: Ledger | None = None,
+        *,
+        coherence: PairwiseJudge | None = None,
+        remote: RemotePart | None = None,
     ) -> None:
+        """``remote``: closed with the panel; its counts go into results."""
         self._quality = quality
+        self._coherence = coherence
+        self._remote = remote
+        self._reported: Mapping[str, int] = {}
         self._pointwise = tuple(pointwise)
         self._rewriter = rewriter
         self._settings = settings
@@ -103,7 +118,9 @@ class Panel:
         for criterion, judge in self._running.items():
             judge.load_state_dict(state.get(criterion, {}))
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
+        if self._remote is not None:
+            await self._remote.aclose()
         if self._ledger is not None:
             self._ledger.close()
 
@@ -116,13 +133,26 @@ class Panel:
             num_both_orders=tally.num_both_orders,
             num_flips=tally.num_flips,
             latencies_s=np.array(tally.latencies_s),
+            failures=dict(tally.failures),
+            remote=self._take_remote_counts(),
         )
+
+    def _take_remote_counts(self) -> dict[str, int]:
+        """What was counted since the last result. Of requests that overlap, the first to end takes all."""
+        if self._remote is None:
+            return {}
+        counts = dict(self._remote.counts())
+        new = {name: count - self._reported.get(name, 0) for name, count in counts.items()}
+        self._reported = counts
+        return new
 
     async def _judge_group(self, group: JudgeGroup, tally: _Tally) -> GroupVerdict:
         start, counts = time.perf_counter(), _GroupTally()
         scored = await asyncio.gather(*(self._ask_pointwise(judge, group, tally, counts) for judge in self._pointwise))
         criteria = {judge.criterion: scores for judge, scores in zip(self._pointwise, scored, strict=True)}
         size, weights = len(group.candidates), self._settings.weights
+        if self._coherence is not None:
+            criteria["coherence"] = await self._ask_pairs(self._coherence, group, np.zeros(size), tally, counts)
         if self._quality is not None:
             pointwise = weighted_total(criteria, {c: weights[c] for c in criteria}, size)
             offsets = pointwise / weights["quality"] if weights["quality"] else np.zeros(size)
@@ -136,7 +166,7 @@ class Panel:
     async def _ask_pointwise(
         self, judge: PointwiseJudge, group: JudgeGroup, tally: _Tally, counts: _GroupTally
     ) -> FloatArray:
-        votes = self._settings.votes
+        votes = self._settings.votes_of(judge.criterion)
         questions = [Question(group, (c,), v) for c in range(len(group.candidates)) for v in range(votes)]
         verdicts = await self._ask(judge, questions, tally, counts)
         return np.array(
@@ -153,7 +183,7 @@ class Panel:
         while pairs := schedule.next_round():
             questions, owners = [], []
             for pair in pairs:
-                for _ in range(settings.votes):
+                for _ in range(settings.votes_of(judge.criterion)):
                     vote = asked[pair]
                     asked[pair] += 1
                     for options in self._presented(group.sample_id, pair, vote):
@@ -222,5 +252,7 @@ class Panel:
     @staticmethod
     def _count(verdicts: Sequence[Verdict], tally: _Tally, counts: _GroupTally) -> None:
         counts.num_calls += len(verdicts)
-        counts.num_failures += sum(bool(np.isnan(v.score)) for v in verdicts)
+        missing = [v for v in verdicts if np.isnan(v.score)]
+        counts.num_failures += len(missing)
+        tally.failures.update(kind_of(v.failure) for v in missing)
         tally.latencies_s += [v.latency_s for v in verdicts]

@@ -78,7 +78,7 @@ async def _serve(connection: Connection, teacher: Teacher) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    teacher.close()
+    await teacher.aclose()
 
 
 def _read(connection: Connection, loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[Any]) -> None:

@@ -71,7 +71,13 @@ def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelCo
     teacher = config.teacher
     if teacher.judge_ledger and context.dp_size > 1:
         teacher = dataclasses.replace(teacher, judge_ledger=f"{teacher.judge_ledger}.{context.dp_rank}")
-    options = {"tokenizer_fingerprint": tokenizer.fingerprint, "judging": uses_judge(config)}
+    options = {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "judging": uses_judge(config),
+        "rewriting": uses_rewriter(config),
+        "replica": context.dp_rank,
+        "num_replicas": context.dp_size,
+    }
     return TeacherProcess(teacher, options)
 
 

@@ -192,7 +192,8 @@ def _check_objective(config: TrainConfig) -> None:
 def _check_judge(config: TrainConfig) -> None:
     kinds = {kind.value for kind in config.rollout.pool.kinds}
     teacher = config.teacher
-    if uses_judge(config) and teacher.judge_quality_weight and not teacher.judge_model:
+    embedded = teacher.teacher == "embedded"
+    if uses_judge(config) and embedded and teacher.judge_quality_weight and not teacher.judge_model:
         raise ConfigurationError(
             "--judge-model is missing: fit the quality judge with tools/fit_judge.py, or give --judge-quality-weight 0"
         )
@@ -234,7 +235,11 @@ def _missing_tokenizer(config: TrainConfig) -> Iterator[str]:
 
 def _missing_teacher(config: TrainConfig) -> Iterator[str]:
     teacher = config.teacher
-    judges = uses_judge(config) and teacher.judge_quality_weight > 0
+    roles = teacher.http_roles(uses_judge(config), uses_rewriter(config))
+    yield from teacher.missing_http(roles)
+    if roles and importlib.util.find_spec("aiohttp") is None:
+        yield "--teacher http: package aiohttp is not installed; pip install aiohttp"
+    judges = uses_judge(config) and teacher.teacher == "embedded" and teacher.judge_quality_weight > 0
     if judges and teacher.judge_model and not Path(teacher.judge_model).is_file():
         yield f"--judge-model: no file {teacher.judge_model}; fit it with tools/fit_judge.py"
     if teacher.safety_words and not Path(teacher.safety_words).is_file():

@@ -38,6 +38,7 @@ from megatron_sip.preference import (
 from megatron_sip.rollout import CandidatePool, GenerationRequest, RolloutEngine, SeedKey, build_group
 from megatron_sip.rollout.statistics import rollout_scalars, rollout_sums
 from megatron_sip.teacher.convert import rewriter_sums
+from megatron_sip.teacher.http.failures import KINDS, REMOTE_COUNTS
 from megatron_sip.train.teacher_link import JudgedGroups, TeacherLink
 from megatron_sip.types import (
     Candidate,
@@ -233,6 +234,9 @@ class StepRunner:
             "judge/comparisons_per_prompt": sums["comparisons"] / max(sums["groups"], 1.0),
             "judge/exposed_wait_s": max(waits),
         }
+        if sums["remote_requests"]:
+            scalars.update({f"judge/{name}": sums[f"remote_{name}"] for name in REMOTE_COUNTS})
+            scalars.update({f"judge/failures_{kind}": sums[f"failures_{kind}"] for kind in KINDS})
         if sums["both_orders"]:
             scalars["judge/position_flip_rate"] = sums["flips"] / sums["both_orders"]
         if latencies:

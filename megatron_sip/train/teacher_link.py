@@ -18,6 +18,7 @@ from megatron_sip.distributed import ParallelContext
 from megatron_sip.observability.timers import Timers
 from megatron_sip.teacher import JudgeResult, RewriteResult, TeacherProcess
 from megatron_sip.teacher.convert import judge_request, judgments, rewrite_candidates, rewrite_request
+from megatron_sip.teacher.http.failures import KINDS, REMOTE_COUNTS
 from megatron_sip.tokenizer import Tokenizer
 from megatron_sip.types import CandidateGroup, IntArray, Judgment, Sample
 
@@ -28,7 +29,8 @@ class JudgedGroups:
 
     judgments: tuple[Judgment, ...]
     counts: Mapping[str, float]
-    """Sums that add up over replicas: calls, failures, comparisons, both_orders, flips, cached."""
+    """Sums that add up over replicas: calls, failures (also per kind), comparisons, both_orders, flips, cached, and
+    what the client of a remote judge counted."""
     latencies_s: tuple[float, ...]
     """Per call."""
     exposed_wait_s: float
@@ -126,6 +128,8 @@ def _judged(result: JudgeResult, exposed_wait_s: float) -> JudgedGroups:
         "both_orders": float(result.num_both_orders),
         "flips": float(result.num_flips),
         "cached": float(result.num_cached),
+        **{f"failures_{kind}": float(result.failures.get(kind, 0)) for kind in KINDS},
+        **{f"remote_{name}": float(result.remote.get(name, 0)) for name in REMOTE_COUNTS},
     }
     return JudgedGroups(tuple(judgments(result)), counts, tuple(map(float, result.latencies_s)), exposed_wait_s)
 

@@ -40,7 +40,7 @@ class Scripted:
     def load_state_dict(self, state):
         self.seen = state["seen"]
 
-    def close(self):
+    async def aclose(self):
         pass
 
 

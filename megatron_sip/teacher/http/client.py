@@ -183,7 +183,7 @@ class ChatClient:
             return outcome
         if response.status < 300:
             return Failure(SERVER, f"HTTP {response.status} in place of 200", transient=True, harms_endpoint=True)
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         failure = failure_of_status(response.status, decode_json(body), response.headers, now)
         return failure if not self._api_key else _with_message(failure, self._masked(failure.message))
 

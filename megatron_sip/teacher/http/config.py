@@ -65,6 +65,9 @@ class HttpOptions:
         "n", help="votes of one question: n in one request where the server has it, or single requests",
         choices=("n", "single"),
     )  # fmt: skip
+    rewriter_prefill: bool = option(
+        True, help="let the rewriter's answer go on from the prefix's last words (vLLM); off for gpt-oss"
+    )
     judge_parse_attempts: int = option(2, help="times to ask for a verdict that cannot be parsed before it is missing")
     judge_api_key_env: str = option("JUDGE_API_KEY", help="environment variable that holds the servers' API key")
     judge_max_in_flight: int = option(512, help="requests under way per data-parallel replica")
@@ -117,8 +120,8 @@ class HttpOptions:
                 raise ConfigurationError(f"{_flag(name)} is {getattr(self, name)}: give a number of seconds above 0")
         if roles and self.judge_give_up_s >= timeout_s:
             raise ConfigurationError(
-                f"judge-give-up-s is {self.judge_give_up_s:g}, judge-timeout-s {timeout_s:g}: the run would stop before a "
-                "request counts as failed; make judge-give-up-s the smaller"
+                f"judge-give-up-s is {self.judge_give_up_s:g}, judge-timeout-s {timeout_s:g}: the run stops before "
+                "a request counts as failed; make judge-give-up-s the smaller"
             )
         if not self.judge_rate_limit >= 0:
             raise ConfigurationError(f"judge-rate-limit is {self.judge_rate_limit}: give 0 or more")
@@ -186,6 +189,6 @@ def _check_role(role: str, settings: RoleSettings) -> None:
             raise ConfigurationError(f"judge-endpoints has {url!r}: give URLs like http://HOST:8000/v1")
         if parts.username or parts.password:
             raise ConfigurationError(
-                "judge-endpoints has a URL with a password in it, which logs would show: put the key into the environment "
-                "variable that judge-api-key-env names"
+                "judge-endpoints has a URL with a password in it, which logs would show: put the key into the "
+                "environment variable of judge-api-key-env"
             )

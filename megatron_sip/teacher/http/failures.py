@@ -23,6 +23,9 @@ REJECTED = "rejected"
 
 KINDS = (TRANSPORT, SERVER, UNPARSABLE, REFUSED, TOO_LONG, REJECTED)
 
+REMOTE_COUNTS = ("requests", "attempts", "retries", "hedges", "asked_again", "breaker_opened")
+"""What the log shows of the client's counts."""
+
 _TRANSIENT_STATUS = (408, 429)
 _TOO_LONG_CODES = ("context_length_exceeded", "string_above_max_length")
 _TOO_LONG_WORDS = ("context length", "maximum input length", "too many tokens", "prompt is too long")
@@ -59,9 +62,7 @@ def failure_of_status(status: int, body: Any, headers: Mapping[str, str], now: d
     text = f"HTTP {status}" + (f" {message}" if message else "")
     if status in _TRANSIENT_STATUS or status >= 500:
         wait = retry_after(headers.get("Retry-After"), now)
-        return Failure(
-            SERVER, text, transient=True, retry_after_s=wait, harms_endpoint=status >= 500 and wait is None
-        )
+        return Failure(SERVER, text, transient=True, retry_after_s=wait, harms_endpoint=status >= 500 and wait is None)
     words = message.casefold()
     if status == 413 or (
         status == 400
@@ -96,5 +97,5 @@ def retry_after(value: str | None, now: datetime.datetime) -> float | None:
     except ValueError:
         return None
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)
+        moment = moment.replace(tzinfo=datetime.UTC)
     return max(0.0, (moment - now).total_seconds())

@@ -74,7 +74,9 @@ class HttpJudge:
             "structured_output": settings.structured_output,
             "chat_template_kwargs": dict(settings.chat_template_kwargs),
         }
-        return JudgeIdentity(f"http-{self.criterion}", settings.model, json.dumps(sampling, sort_keys=True, default=str))
+        return JudgeIdentity(
+            f"http-{self.criterion}", settings.model, json.dumps(sampling, sort_keys=True, default=str)
+        )
 
     def prompt_hash(self, question: Question) -> str:
         return prompt_digest(self._messages(question))
@@ -107,7 +109,9 @@ class HttpJudge:
             body |= self._format.structured
         verdicts = await self._draw(body, count)
         for _ in range(self._parse_attempts - 1):
-            again = [i for i, (verdict, drawn) in enumerate(verdicts) if drawn and kind_of(verdict.failure) in _ASK_AGAIN]
+            again = [
+                i for i, (verdict, drawn) in enumerate(verdicts) if drawn and kind_of(verdict.failure) in _ASK_AGAIN
+            ]
             if not again:
                 break
             self.counts["asked_again"] += len(again)

@@ -1,6 +1,6 @@
 """Prompt templates: plain text files with ``{{name}}`` where a text goes in.
 
-A file is one user message. Lines ``=== system``, ``=== user`` and ``=== assistant`` cut it into several messages; one of
+A file is one user message. Lines ``=== system``, ``=== user`` and ``=== assistant`` cut it into messages; one of
 the assistant at the end is what its answer must begin with. Texts are put in as they are and not searched for names.
 """
 
@@ -55,12 +55,14 @@ def load_template(name: str, directory: str = "") -> Template:
         else:
             text = (resources.files(_PACKAGE) / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"judge-prompts: {name}.txt cannot be read ({error}): give a UTF-8 text file") from error
+        raise ConfigurationError(
+            f"judge-prompts: {name}.txt cannot be read ({error}): give a UTF-8 text file"
+        ) from error
     needed, optional = PLACEHOLDERS[name.partition("_")[0]]
     found = set(_NAME.findall(text))
     if not needed <= found or not found <= needed | optional:
         raise ConfigurationError(
-            f"judge-prompts: {name}.txt holds {_list(found)}: it must hold {_list(needed)} and may hold {_list(optional)}"
+            f"judge-prompts: {name}.txt has {_list(found)}: it must have {_list(needed)} and may have {_list(optional)}"
         )
     return Template(tuple(_messages(text)))
 

@@ -20,10 +20,9 @@ _REPEATS = re.compile(rf"verdict{_MARKS}:{_MARKS}(a|b|tie)(?!\w)", re.IGNORECASE
 _LABEL = re.compile(r'"label"\s*:\s*"([^"]*)"', re.IGNORECASE)
 _LABELS = {"no": 1.0, "possible": 0.5, "definite": 0.0}
 _REFUSAL = re.compile(
-    r"\W*(?:i['\u2019]?m (?:really |very )?sorry|i am sorry|sorry,|i apologi[sz]e"
-    r"|i (?:can ?not|can['\u2019]?t|won['\u2019]?t|will not|am (?:not able|unable) to|['\u2019]?m (?:not able|unable) to)"
-    r" (?:\w+ )?(?:help|assist|comply|continue|provide|fulfil|generate|rewrite|create|produce|judge|engage|do that)"
-    r"|as an ai\b)",
+    r"\W{0,3}(?:i(?:['\u2019]m| am) (?:\w+ )?sorry|sorry,|i apologi[sz]e|as an ai\b"
+    r"|i(?: can ?not| can['\u2019]t| won['\u2019]t| will not|(?: am|['\u2019]m) (?:not able|unable) to) (?:\w+ )?"
+    r"(?:help|assist|comply|continue|provide|fulfil|generate|rewrite|create|produce|judge|engage|do that))",
     re.IGNORECASE,
 )
 

@@ -134,7 +134,9 @@ class FaultServer:
         if name == "truncated-json":
             text = text[: len(text) // 2]
         if name == "truncated-body":
-            response = web.StreamResponse(headers={"Content-Length": str(len(text)), "Content-Type": "application/json"})
+            response = web.StreamResponse(
+                headers={"Content-Length": str(len(text)), "Content-Type": "application/json"}
+            )
             await response.prepare(request)
             await response.write(text[: len(text) // 2].encode())
             assert request.transport is not None
