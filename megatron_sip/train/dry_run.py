@@ -138,7 +138,7 @@ def judge_calls(config: TrainConfig, groups: int) -> JudgeCalls:
     pointwise = sum(weight > 0 for weight in (teacher.judge_safety_weight, teacher.judge_factuality_weight))
     return JudgeCalls(
         groups=groups if config.preference.needs_judge else 0,
-        pairs_per_group=pairs,
+        pairs_per_group=pairs * (2 if teacher.judge_coherence_weight > 0 else 1),
         pointwise_per_group=pointwise * len(kinds),
         votes=teacher.judge_votes,
         pair_votes=teacher.judge_votes * (2 if teacher.pair_order == "both" else 1),
