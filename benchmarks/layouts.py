@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """By how much do losses and gradient norms of 10 steps differ between layouts? (docs/results/quickstart.md)
 
-Whole runs of ``pretrain_sip.py``'s parts on small corpora, with recorded rollouts and the embedded judge, in fp32: prints
-the largest relative difference from one rank for every layout and objective.
+Whole runs of ``pretrain_sip.py``'s parts on small corpora, with recorded rollouts and the embedded judge, in fp32: it
+prints the largest relative difference from one rank for every layout and objective.
 """
 
 from __future__ import annotations
