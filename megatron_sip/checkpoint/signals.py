@@ -13,6 +13,9 @@ from megatron_sip.distributed import ParallelContext
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+_ECHO_S = 5.0
+"""Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which passes it on."""
+
 
 @dataclass(frozen=True)
 class StopDecision:
@@ -26,11 +29,14 @@ class StopDecision:
 class StopSignals:
     """Notes SIGTERM and SIGINT in place of dying of them, within a ``with`` block.
 
-    The step at hand can then be finished and saved. A second SIGINT is not held back: it raises KeyboardInterrupt.
+    The step at hand can then be finished and saved. A SIGINT later than ``_ECHO_S`` after the first signal is
+    not held back: it raises KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.received: signal.Signals | None = None
+        self._received_s = 0.0
+        self._clock = clock
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -46,9 +52,10 @@ class StopSignals:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
+        if self.received is None:
+            self.received, self._received_s = signal.Signals(number), self._clock()
+        elif number == signal.SIGINT and self._clock() - self._received_s > _ECHO_S:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
 
 
 class StopWatch:

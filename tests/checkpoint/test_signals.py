@@ -58,10 +58,14 @@ def test_time_is_up_after_the_given_minutes_and_not_before() -> None:
         assert decide(watch) == StopDecision("--exit-duration-in-mins 2 is over", 0)
 
 
-def test_second_interrupt_is_not_held_back_and_handlers_are_restored() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals():
+def test_second_interrupt_is_held_back_only_while_it_may_be_torchruns_echo_of_the_first() -> None:
+    before, clock = signal.getsignal(signal.SIGINT), Clock()
+    with StopSignals(clock) as signals:
         os.kill(os.getpid(), signal.SIGINT)
+        clock.now_s += 2.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        clock.now_s += 10.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
