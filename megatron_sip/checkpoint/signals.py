@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -37,9 +38,17 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._received_s = 0.0
         self._clock = clock
+        self._launcher: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether torchrun, which would pass signals on and end this rank with the others, has ended itself."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
     def __enter__(self) -> StopSignals:
+        # Only under torchrun: a rank that somebody else started may well outlive the shell that it was started from.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -59,7 +68,7 @@ class StopSignals:
 
 
 class StopWatch:
-    """Says after each step whether the run is to save and end: a signal on any rank, or its time is up."""
+    """Says after each step whether the run is to save and end: a signal, the launcher's death, or its time is up."""
 
     def __init__(
         self,
@@ -78,10 +87,13 @@ class StopWatch:
         received = self._signals.received
         elapsed_s = self._clock() - self._start_s
         over = self._limit_s is not None and elapsed_s >= self._limit_s
-        if not context.any_rank(received is not None or over):
+        orphaned = self._signals.is_orphaned
+        if not context.any_rank(received is not None or over or orphaned):
             return None
         for number in _SIGNALS:
             if context.any_rank(received == number):
                 return StopDecision(f"received {number.name}", 128 + number)
+        if context.any_rank(orphaned):
+            return StopDecision("torchrun has ended without this rank", 1)
         assert self._limit_s is not None
         return StopDecision(f"--exit-duration-in-mins {self._limit_s / 60:g} is over", 0)

@@ -29,7 +29,7 @@ class Clock:
 
 
 def decide(watch: StopWatch, *theirs: bool) -> StopDecision | None:
-    context = OneOfTwo(list(theirs) + [False] * 3)
+    context = OneOfTwo(list(theirs) + [False] * 4)
     return watch.decide(context)  # type: ignore[arg-type]
 
 
@@ -69,3 +69,18 @@ def test_second_interrupt_is_held_back_only_while_it_may_be_torchruns_echo_of_th
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_rank_that_torchrun_left_behind_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    with StopSignals() as signals:
+        assert decide(StopWatch(signals, None)) is None
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert decide(StopWatch(signals, None)) == StopDecision("torchrun has ended without this rank", 1)
+
+
+def test_rank_that_a_shell_started_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with StopSignals() as signals:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert decide(StopWatch(signals, None)) is None
