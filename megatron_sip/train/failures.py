@@ -53,7 +53,7 @@ def _describe(error: Exception) -> str:
             f"error: rank {dist.get_rank()} has lost another rank ({lost}): it was killed or the network failed; look "
             "for its last words, then resume from the latest checkpoint with --load"
         )
-    return "".join(traceback.format_exception(error))
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _loss_of_a_rank(error: Exception) -> str:
