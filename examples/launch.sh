@@ -26,6 +26,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # Tensor and sequence parallel overlap communication and computation only in this launch order.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# torchrun passes SIGTERM on and kills the ranks 30 s later, unless told otherwise: a step and a save may take longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 exec torchrun --nproc-per-node "$gpus" --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" \
     --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
     pretrain_sip.py "${flags[@]}" "$@"

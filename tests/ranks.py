@@ -6,18 +6,23 @@ rank. Every launch is a new set of processes: nothing is left over from one to t
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
 PRELOADED = ("torch", "megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer")
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 class RankFailure(AssertionError):
@@ -53,6 +58,8 @@ def run_ranks(world_size: int, target: str, payload: Any = None, timeout_s: floa
     finally:
         for process in processes:
             process.kill()
+            with suppress(ProcessLookupError):  # it had not yet begun
+                os.killpg(process.pid, signal.SIGKILL)
         for process in processes:
             process.join()
 
@@ -70,6 +77,10 @@ def _rank_main(target: str, payload: Any, rank: int, world_size: int, port: int,
         OMP_NUM_THREADS="1",
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills what it started
+    # ... with all that it started in turn (Megatron-Core's save starts a process that nobody ends), and should the
+    # parent be killed itself, the fork server ends, and so does the rank.
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         import torch
 

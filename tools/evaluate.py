@@ -34,6 +34,7 @@ from megatron_sip.observability.timers import Timers
 from megatron_sip.teacher import TeacherProcess
 from megatron_sip.train.build import Policy, build_policy
 from megatron_sip.train.config import TrainConfig
+from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
 from megatron_sip.train.teacher_link import TeacherLink
 from megatron_sip.types import CandidateGroup, Judgment, Sample
 
@@ -177,19 +178,14 @@ def main(argv: Sequence[str]) -> int:
         options, config = parse(argv)
         config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
     except SIPError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        say_once_per_node(error)
         return 2
-    context = initialize(config.parallel, config.training.seed)
-    try:
+    with failures_end_the_job():
+        context = initialize(config.parallel, config.training.seed)
         evaluation = run(options, config, context)
         if context.rank == 0:
             report(evaluation, options, config)
-    except SIPError as error:
-        print(f"error on rank {context.rank}: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective for this one: leave at once, so that torchrun ends them.
-        os._exit(1)
-    context.shutdown()
+        context.shutdown()
     return 0
 
 

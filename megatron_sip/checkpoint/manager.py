@@ -149,6 +149,12 @@ class CheckpointManager:
         """
         return True if self._pending is None else self._end_pending(self._pending.writer.wait())
 
+    def close(self) -> None:
+        """Ends a background save that no ``finish`` will complete, because the run has failed. Not collective."""
+        if self._pending is not None:
+            self._pending.writer.close()
+            self._pending = None
+
     def load(self, build_state: StateBuilder) -> LoadedCheckpoint | None:
         """Loads what the options ask for; None if there is nothing to load and the run starts afresh. Collective.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from typing import Any
 from megatron_sip.distributed import ParallelContext
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_ECHO_S = 5.0
+"""Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which passes it on."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,25 @@ class StopDecision:
 class StopSignals:
     """Notes SIGTERM and SIGINT in place of dying of them, within a ``with`` block.
 
-    The step at hand can then be finished and saved. A second SIGINT is not held back: it raises KeyboardInterrupt.
+    The step at hand can then be finished and saved. A SIGINT later than ``_ECHO_S`` after the first signal is
+    not held back: it raises KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.received: signal.Signals | None = None
+        self._received_s = 0.0
+        self._clock = clock
+        self._launcher: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether torchrun, which would pass signals on and end this rank with the others, has ended itself."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
     def __enter__(self) -> StopSignals:
+        # Only under torchrun: a rank that somebody else started may well outlive the shell that it was started from.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -46,13 +61,14 @@ class StopSignals:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
+        if self.received is None:
+            self.received, self._received_s = signal.Signals(number), self._clock()
+        elif number == signal.SIGINT and self._clock() - self._received_s > _ECHO_S:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
 
 
 class StopWatch:
-    """Says after each step whether the run is to save and end: a signal on any rank, or its time is up."""
+    """Says after each step whether the run is to save and end: a signal, the launcher's death, or its time is up."""
 
     def __init__(
         self,
@@ -71,10 +87,13 @@ class StopWatch:
         received = self._signals.received
         elapsed_s = self._clock() - self._start_s
         over = self._limit_s is not None and elapsed_s >= self._limit_s
-        if not context.any_rank(received is not None or over):
+        orphaned = self._signals.is_orphaned
+        if not context.any_rank(received is not None or over or orphaned):
             return None
         for number in _SIGNALS:
             if context.any_rank(received == number):
                 return StopDecision(f"received {number.name}", 128 + number)
+        if context.any_rank(orphaned):
+            return StopDecision("torchrun has ended without this rank", 1)
         assert self._limit_s is not None
         return StopDecision(f"--exit-duration-in-mins {self._limit_s / 60:g} is over", 0)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_sip.library_warnings import hide_cuda_advice
+
 CPU = torch.device("cpu")
 
 
@@ -27,6 +29,7 @@ def install_cpu_platform() -> bool:
         return False
     if is_installed():
         return True
+    hide_cuda_advice()
     # In this order: megatron.core imports torch.compile's tables, which list the CUDA functions as they are by then.
     _replace_random_state_functions()
     _replace_cuda_functions()

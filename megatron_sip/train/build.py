@@ -117,6 +117,8 @@ def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSi
         stack.callback(record.close)
         if context.rank == 0 and config.observability.run_dir is not None:
             _write_run_info(config, context, tokenizer.vocab_size)
+        checkpoints = CheckpointManager(config.checkpoint, context, policy.identity)
+        stack.callback(checkpoints.close)
         watch = StopWatch(signals, config.checkpoint.exit_duration_in_mins)
         yield Trainer(
             schedule=Schedule(
@@ -129,7 +131,7 @@ def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSi
             runner=runner,
             teacher=link,
             validation=_validation(config, context, engine, runner, link, shape, tokenizer),
-            checkpoints=CheckpointManager(config.checkpoint, context, policy.identity),
+            checkpoints=checkpoints,
             record=record,
             timers=timers,
             decide_stop=lambda: watch.decide(context),

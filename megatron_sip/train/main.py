@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sip.errors import DataError, SIPError
-from megatron_sip.train.checks import check_layout, find_missing
+from megatron_sip.errors import ConfigurationError, SIPError
+from megatron_sip.train.checks import check_layout, require_present
 from megatron_sip.train.config import TrainConfig, load_train_config
+from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs training; returns the exit status. What a user can mend is printed as one line."""
+    """Runs training; returns the exit status: 2 for a configuration that cannot work, 1 for other failures.
+
+    What a user can mend is printed as one line.
+    """
     logging.basicConfig(level=logging.WARNING, format=" [%(levelname)s] %(message)s")
     try:
         config = load_train_config(argv)
@@ -25,14 +28,10 @@ def main(argv: Sequence[str]) -> int:
             print(dry_run(config, os.environ))
             return 0
         check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
-        missing = find_missing(config)
-        if missing:
-            raise DataError("; ".join(missing))
+        require_present(config)
     except SIPError as error:
-        # Every rank finds the same fault, so one says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        say_once_per_node(error)
+        return 2 if isinstance(error, ConfigurationError) else 1
     return _train(config)
 
 
@@ -42,18 +41,14 @@ def _train(config: TrainConfig) -> int:
     from megatron_sip.distributed import initialize
     from megatron_sip.train.build import build_trainer
 
-    context = initialize(config.parallel, config.training.seed)
-    try:
+    with failures_end_the_job():
+        context = initialize(config.parallel, config.training.seed)
         with StopSignals() as signals, build_trainer(config, context, signals) as trainer:
             trainer.load()
             end = trainer.run()
             if end.finished and context.rank == 0 and config.observability.run_dir is not None:
                 _mark_finished(Path(config.observability.run_dir), end.step)
-    except SIPError as error:
-        print(f"error on rank {context.rank}: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective for this one: leave at once, so that torchrun ends them.
-        os._exit(1)
-    context.shutdown()
+        context.shutdown()
     return end.exit_code
 
 

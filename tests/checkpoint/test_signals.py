@@ -29,7 +29,7 @@ class Clock:
 
 
 def decide(watch: StopWatch, *theirs: bool) -> StopDecision | None:
-    context = OneOfTwo(list(theirs) + [False] * 3)
+    context = OneOfTwo(list(theirs) + [False] * 4)
     return watch.decide(context)  # type: ignore[arg-type]
 
 
@@ -58,10 +58,29 @@ def test_time_is_up_after_the_given_minutes_and_not_before() -> None:
         assert decide(watch) == StopDecision("--exit-duration-in-mins 2 is over", 0)
 
 
-def test_second_interrupt_is_not_held_back_and_handlers_are_restored() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals():
+def test_second_interrupt_is_held_back_only_while_it_may_be_torchruns_echo_of_the_first() -> None:
+    before, clock = signal.getsignal(signal.SIGINT), Clock()
+    with StopSignals(clock) as signals:
         os.kill(os.getpid(), signal.SIGINT)
+        clock.now_s += 2.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        clock.now_s += 10.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_rank_that_torchrun_left_behind_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    with StopSignals() as signals:
+        assert decide(StopWatch(signals, None)) is None
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert decide(StopWatch(signals, None)) == StopDecision("torchrun has ended without this rank", 1)
+
+
+def test_rank_that_a_shell_started_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with StopSignals() as signals:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert decide(StopWatch(signals, None)) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -71,3 +73,8 @@ def optimizer_names_and_generators(_: None) -> dict[str, Any]:
         "outer_stream_kept": torch.rand(3).tolist() == expected,
         "pinned": torch.ones(1, pin_memory=True).pin_memory().tolist(),
     }
+
+
+def leave_a_process(payload: object) -> int:
+    """Starts a process that would outlive its rank by ten minutes; returns its number."""
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid

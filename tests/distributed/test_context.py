@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import psutil
 import pytest
 
 from megatron_sip.distributed import ParallelConfig, memory_metrics, select_device
@@ -60,6 +63,21 @@ def test_a_failing_rank_is_reported_with_its_traceback_and_the_waiting_rank_is_e
     with pytest.raises(RankFailure, match="rank 1 of 2") as failure:
         run_ranks(2, f"{CLAIMS}:fail_on_rank_one", timeout_s=60)
     assert "ZeroDivisionError: on purpose" in str(failure.value)
+
+
+def test_nothing_that_a_rank_has_started_outlives_the_launch() -> None:
+    [left] = run_ranks(1, f"{CLAIMS}:leave_a_process")
+    deadline = time.monotonic() + 5
+    while is_running(left) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(left)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize(

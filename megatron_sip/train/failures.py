@@ -1,0 +1,84 @@
+"""How a job ends after a failure: one rank says what went wrong, and none is left waiting for another."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megatron_sip.errors import SIPError
+
+_FIRST = "megatron_sip/failed_ranks"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+"""Failures of writing and reading that are the machine's, not the program's."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Read error")
+"""What Gloo says when another rank has ended, or no longer answers."""
+
+
+def say_once_per_node(error: SIPError) -> None:
+    """Prints a failure that every rank meets before the ranks know each other; nodes may differ in what they lack."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def failures_end_the_job() -> Iterator[None]:
+    """Ends this process with status 1 if the block raises, after saying why unless another rank has said so.
+
+    The process leaves at once, without waiting for process groups: other ranks may be in a collective with this one,
+    which then fails there, or ends when torchrun stops them.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _leave("interrupted twice: leaving without saving" if _is_first() else "", 130)
+    except Exception as error:
+        _leave(_describe(error) if _is_first() else "", 1)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, SIPError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"error: {error}: give room or rights there, then resume from the latest checkpoint with --load"
+    lost = _loss_of_a_rank(error)
+    if lost:
+        return (
+            f"error: rank {dist.get_rank()} has lost another rank ({lost}): it was killed or the network failed; look "
+            "for its last words, then resume from the latest checkpoint with --load"
+        )
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _loss_of_a_rank(error: Exception) -> str:
+    """What the transport says if it has lost its peer, else nothing."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        for sign in _LOST:
+            if sign in text:
+                return sign
+    return text.partition("\n")[0][:200] if isinstance(error, dist.DistError) else ""
+
+
+def _is_first() -> bool:
+    """Whether no other rank has failed before. What fails later is mostly a consequence."""
+    if not dist.is_initialized():
+        return True
+    try:
+        return int(distributed_c10d._get_default_store().add(_FIRST, 1)) == 1
+    except RuntimeError:  # the store went down with the rank that held it
+        return True
+
+
+def _leave(message: str, status: int) -> None:
+    sys.stdout.flush()
+    if message:
+        print(message, file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(status)
