@@ -28,7 +28,9 @@ def main() -> None:
     if arguments.candidates < 2 or arguments.prompts < 1 or not 0.5 < arguments.accuracy < 1:
         parser.error("give at least 1 prompt, 2 candidates, and an accuracy between 0.5 and 1")
     world = World(arguments.prompts, arguments.candidates, arguments.accuracy, arguments.offset, arguments.seed)
-    print("| schedule | comparisons | of all pairs | rounds | true margin | of all pairs | best found | worst found | s |")
+    print(
+        "| schedule | comparisons | of all pairs | rounds | true margin | of all pairs | best found | worst found | s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     makers = schedules(arguments.candidates, arguments.budget)
     base = None

@@ -117,12 +117,17 @@ class OneGroup:
         self._asked: list[tuple[int, int]] = []
 
     def next_round(self) -> list[tuple[int, int]]:
-        self._asked = [(int(i), int(j)) for i, j in self._batch.next_round()[0]]
-        return self._asked
+        while (asked := self._batch.next_round()[0]).size:
+            self._asked = [(int(i), int(j)) for i, j in asked]
+            if pairs := [(i, j) for i, j in self._asked if i != j]:
+                return pairs
+            self.record([])
+        return []
 
     def record(self, comparisons: Sequence[Comparison]) -> None:
         by_pair = {(c.first, c.second): c for c in comparisons}
-        ordered = [by_pair[pair] for pair in self._asked]
+        filler = Comparison(0, 0, win=float("nan"))
+        ordered = [by_pair.get((i, j), filler) for i, j in self._asked]
         wins, votes = [c.win for c in ordered], [float(c.votes) for c in ordered]
         self._batch.record(np.array([wins]), np.array([votes]))
 
@@ -142,9 +147,7 @@ def make_schedule(
     return OneGroup(make_batch(name, kinds, pivot_kind, np.asarray(offsets)[None], budget))
 
 
-def make_batch(
-    name: str, kinds: Sequence[str], pivot_kind: str, offsets: FloatArray, budget: int = 0
-) -> BatchSchedule:
+def make_batch(name: str, kinds: Sequence[str], pivot_kind: str, offsets: FloatArray, budget: int = 0) -> BatchSchedule:
     """The same for P groups of candidates of the same kinds; ``offsets``: float64 [P, n]."""
     groups, size = offsets.shape
     if len(kinds) != size:

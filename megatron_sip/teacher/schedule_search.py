@@ -1,7 +1,7 @@
 """Search for the best and the worst of each group with few comparisons.
 
-The judge is taken to follow Bradley and Terry (1952): i is preferred to j with probability sigmoid(u_i - u_j), each vote
-drawn anew. The unknown u have a Gaussian prior, the posterior is taken as Gaussian about its mode (Laplace). A
+The judge is taken to follow Bradley and Terry (1952): i is preferred to j with probability sigmoid(u_i - u_j), each
+vote drawn anew. The unknown u have a Gaussian prior, the posterior is taken as Gaussian about its mode (Laplace). A
 candidate's quality is the expected share of the others that it beats: what all pairs measure, so that it adds to the
 other criteria in the same unit, whether a candidate was compared with all the others or with two of them.
 
@@ -20,11 +20,11 @@ import numpy as np
 from megatron_sip.teacher.interfaces import FloatArray, IntArray
 
 MAX_ROUNDS = 8
-_PRIOR_VARIANCE = 2.25
-"""In squared logits: two candidates at the median distance are told apart 8 times out of 10."""
+_PRIOR_VARIANCE = 1.5
+"""In squared logits: of two candidates at the median distance the better wins 3 votes of 4 or more."""
 _ROUND_SHARE = 3
 """A round takes at most this part of what is left, so that later ones can act on it."""
-_PER_CANDIDATE = 3
+_PER_CANDIDATE = 4
 """Comparisons of one candidate in one round: the next round knows better whom it should meet."""
 _FIRST_PER_CANDIDATE = 1
 _ELSEWHERE = 1e-3

@@ -71,7 +71,9 @@ class KnockOut:
 
     def record(self, wins: FloatArray, votes: FloatArray) -> None:
         half, groups = self._asked.shape[1] // 2, np.arange(len(wins))[:, None]
-        for side, (pairs, outcome) in enumerate(((self._asked[:, :half], wins[:, :half]), (self._asked[:, half:], wins[:, half:]))):
+        for side, (pairs, outcome) in enumerate(
+            ((self._asked[:, :half], wins[:, :half]), (self._asked[:, half:], wins[:, half:]))
+        ):
             first_stays = (outcome > 0.5) == (side == 0)
             stays = np.where(first_stays, pairs[:, :, 0], pairs[:, :, 1])
             np.add.at(self._survived, (groups, stays), 1.0 if side == 0 else -1.0)
