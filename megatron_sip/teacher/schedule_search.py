@@ -29,6 +29,7 @@ _PER_CANDIDATE = 4
 _FIRST_PER_CANDIDATE = 1
 _ELSEWHERE = 1e-3
 """Worth of a comparison without the best or the worst: only taken when none else is left in the round."""
+_OVER_LIMIT = 1e-9
 _NEWTON_STEPS = 8
 _LARGEST_STEP = 3.0
 
@@ -64,15 +65,17 @@ class BestWorst:
         share = max(-(-self._left // max(1, self._rounds_left)), min(size // 2, -(-self._left // _ROUND_SHARE)))
         number = min(self._left, share)
         worth = self._worth() if number else np.zeros((len(self._mean), 0))
-        limit = max(-(-2 * number // size), _FIRST_PER_CANDIDATE if self._rounds_left == MAX_ROUNDS else _PER_CANDIDATE)
+        limit = max(
+            -(-2 * number // max(1, size)), _FIRST_PER_CANDIDATE if self._rounds_left == MAX_ROUNDS else _PER_CANDIDATE
+        )
         groups, used = np.arange(len(self._mean)), np.zeros(self._mean.shape)
         chosen = []
         for _ in range(number):
-            # A pair that is closed (worth -1) is never taken while an open one is left; one over the limit is closed.
+            # Over the limit only when nothing else is left; a closed pair (worth -1) never.
             spent = (used[:, self._first] >= limit) | (used[:, self._second] >= limit)
-            pair = np.where(spent, -1.0, worth).argmax(axis=1)
+            pair = np.where(spent & (worth > 0), _OVER_LIMIT * worth, worth).argmax(axis=1)
             first, second = self._first[pair], self._second[pair]
-            open_pair = ~spent[groups, pair] & (worth[groups, pair] >= 0)
+            open_pair = worth[groups, pair] >= 0
             chosen.append(np.stack([first, np.where(open_pair, second, first)], axis=1))
             used[groups, first] += 1
             used[groups, second] += 1
