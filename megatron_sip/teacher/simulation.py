@@ -106,7 +106,7 @@ def simulate(make: Callable[[FloatArray], BatchSchedule], world: World) -> Outco
         random = np.random.default_rng([world.seed, chunk])
         size = (min(_CHUNK, world.num_groups - start), world.num_candidates)
         utilities = random.standard_normal(size)
-        offsets = world.offset * (random.random(size) < 0.7)
+        offsets: FloatArray = world.offset * (random.random(size) < 0.7).astype(np.float64)
         schedule = make(offsets)
         comparisons, played = _play(schedule, world.scale * utilities, random)
         truth = utilities if world.offset == 0 else _shares(world.scale * utilities) + offsets

@@ -103,6 +103,14 @@ def test_a_missing_verdict_is_no_evidence():
     assert told.scores()[0, 0] == pytest.approx(1 - told.scores()[0, 1])
 
 
+def test_a_candidate_that_no_judge_answers_does_not_use_up_the_budget():
+    some = search([0.0] * 17)
+    asked = [pair for pairs in play(some, lambda i, j: NAN if 5 in (i, j) else by_number(i, j)) for pair in pairs]
+    assert sum(5 in pair for pair in asked) <= 4
+    # Its partner of the first round may end without a comparison too.
+    assert np.isfinite(some.scores()).sum() >= 15
+
+
 def test_five_votes_say_more_than_one():
     one, five = search([0.0] * 2), search([0.0] * 2)
     for schedule, votes in ((one, 1), (five, 5)):
