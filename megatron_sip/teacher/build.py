@@ -55,6 +55,7 @@ def build_teacher(
         pair_order=config.pair_order,
         votes=config.judge_votes,
         criterion_votes={criterion: config.votes_of(criterion) for criterion in config.criteria},
+        pair_budget=config.pair_budget,
     )
     return Panel(
         quality,

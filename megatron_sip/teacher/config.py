@@ -40,7 +40,13 @@ class PanelOptions:
     )
     safety_words: str = option("", help="word list of the safety judge and the rewriter, one a line [a built-in list]")
     pair_schedule: str = option(
-        "all", help="pairs of candidates to compare: all n(n-1)/2, pivot (n-1), circular (n)", choices=SCHEDULES
+        "all",
+        help="pairs of candidates to compare: all n(n-1)/2, pivot (n-1), circular (n), or best_worst: a search for "
+        "both ends of the weighted total in at most 8 rounds",
+        choices=SCHEDULES,
+    )
+    pair_budget: int = option(
+        0, help="comparisons per prompt of best_worst, repeats included; 0: 12/5 per candidate, at most all pairs"
     )
     pair_pivot: str = option(
         "suffix", help="the candidate that pivot compares with", choices=("suffix", "rewrite", "rollout")
@@ -117,6 +123,10 @@ class TeacherConfig(HttpOptions, PanelOptions):
             raise ConfigurationError(
                 f"judge-coherence-weight is {self.judge_coherence_weight}, but the {self.teacher} teacher has none "
                 "of it: give --teacher http, or weight 0"
+            )
+        if self.pair_budget < 0:
+            raise ConfigurationError(
+                f"pair-budget is {self.pair_budget}: give a number of comparisons, 0 for the default"
             )
         if self.judge_votes < 1:
             raise ConfigurationError(f"judge-votes is {self.judge_votes}: give at least 1")

@@ -46,6 +46,8 @@ class PanelSettings:
     pair_order: str
     """"random": either option first, drawn per vote; "both": each vote asks both orders; "fixed": earlier first."""
     votes: int
+    pair_budget: int = 0
+    """Comparisons per group of a search; 0 for its default."""
     criterion_votes: Mapping[str, int] = field(default_factory=dict)
     """Votes per question of criteria that differ."""
 
@@ -177,7 +179,9 @@ class Panel:
         self, judge: PairwiseJudge, group: JudgeGroup, offsets: FloatArray, tally: _Tally, counts: _GroupTally
     ) -> FloatArray:
         settings = self._settings
-        schedule = make_schedule(settings.pair_schedule, group.kinds, settings.pair_pivot, offsets)
+        schedule = make_schedule(
+            settings.pair_schedule, group.kinds, settings.pair_pivot, offsets, settings.pair_budget
+        )
         # A schedule that asks a pair again wants new votes, not the old ones from the ledger.
         asked: dict[tuple[int, int], int] = defaultdict(int)
         while pairs := schedule.next_round():
@@ -196,12 +200,7 @@ class Panel:
                 wins[pair][vote].append(verdict.score if question.options == pair else 1 - verdict.score)
             for by_vote in wins.values():
                 self._count_flips(by_vote.values(), tally)
-            schedule.record(
-                [
-                    Comparison(*pair, win=mean_of_votes([mean_of_votes(v) for v in wins[pair].values()]))
-                    for pair in pairs
-                ]
-            )
+            schedule.record([_comparison(pair, [mean_of_votes(v) for v in wins[pair].values()]) for pair in pairs])
         return schedule.scores()
 
     def _presented(self, sample_id: int, pair: tuple[int, int], vote: int) -> list[tuple[int, int]]:
@@ -256,3 +255,7 @@ class Panel:
         counts.num_failures += len(missing)
         tally.failures.update(kind_of(v.failure) for v in missing)
         tally.latencies_s += [v.latency_s for v in verdicts]
+
+
+def _comparison(pair: tuple[int, int], votes: Sequence[float]) -> Comparison:
+    return Comparison(*pair, win=mean_of_votes(votes), votes=int(np.isfinite(votes).sum()))

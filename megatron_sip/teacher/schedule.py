@@ -2,6 +2,9 @@
 
 A schedule is asked for a round of pairs, told their outcomes, and asked again until a round is empty: fixed schedules
 have one round, adaptive ones choose the next from what they were told. All pairs of a round may be asked in parallel.
+
+Every schedule works on a batch of P groups of n candidates each, so that ``tools/simulate_pairs.py`` plays tens of
+thousands of groups with the code that a run uses; the panel asks for one group at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from typing import Protocol
 import numpy as np
 
 from megatron_sip.errors import ConfigurationError
-from megatron_sip.teacher.interfaces import FloatArray
+from megatron_sip.teacher.interfaces import FloatArray, IntArray
+from megatron_sip.teacher.schedule_search import BestWorst, default_budget
 
-SCHEDULES = ("all", "pivot", "circular")
+SCHEDULES = ("all", "pivot", "circular", "best_worst")
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,13 @@ class Comparison:
     second: int
     win: float
     """Share of votes for ``first``, 0..1; NaN if every vote is missing."""
+    votes: int = 1
+    """How many votes that is the mean of."""
 
 
 class PairSchedule(Protocol):
+    """What the panel follows for one group."""
+
     def next_round(self) -> list[tuple[int, int]]:
         """Pairs to compare now; empty when done."""
         ...
@@ -43,79 +51,127 @@ class PairSchedule(Protocol):
         ...
 
 
-class _OneRound:
-    """A fixed list of pairs; the score is the mean of a candidate's valid comparisons."""
+class BatchSchedule(Protocol):
+    """The same for P groups at once."""
 
-    def __init__(self, num_candidates: int, pairs: Sequence[tuple[int, int]]) -> None:
-        self._pairs = list(pairs)
-        self._wins = np.zeros(num_candidates)
-        self._counts = np.zeros(num_candidates)
+    def next_round(self) -> IntArray:
+        """Pairs to compare now, int64 [P, m, 2]; m = 0 when done. A pair of one candidate with itself is filler."""
+        ...
 
-    def next_round(self) -> list[tuple[int, int]]:
-        pairs, self._pairs = self._pairs, []
-        return pairs
+    def record(self, wins: FloatArray, votes: FloatArray) -> None:
+        """Share of votes for the first of each pair and how many votes that was, both [P, m]; NaN: missing."""
+        ...
 
-    def record(self, comparisons: Sequence[Comparison]) -> None:
-        for comparison in comparisons:
-            if np.isfinite(comparison.win):
-                self._wins[comparison.first] += comparison.win
-                self._wins[comparison.second] += 1 - comparison.win
-                self._counts[[comparison.first, comparison.second]] += 1
+    def scores(self) -> FloatArray:
+        """Quality per candidate in 0..1, float64 [P, n]; NaN for one without a valid comparison."""
+        ...
+
+
+class FixedPairs:
+    """The same pairs for every group, in one round; the score is the mean of a candidate's valid comparisons."""
+
+    def __init__(self, num_groups: int, num_candidates: int, pairs: Sequence[tuple[int, int]]) -> None:
+        self._pairs = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        self._open = len(pairs) > 0
+        self._wins = np.zeros((num_groups, num_candidates))
+        self._counts = np.zeros((num_groups, num_candidates))
+
+    def next_round(self) -> IntArray:
+        pairs = self._pairs if self._open else self._pairs[:0]
+        self._open = False
+        return np.broadcast_to(pairs, (len(self._wins), *pairs.shape))
+
+    def record(self, wins: FloatArray, votes: FloatArray) -> None:
+        valid = np.isfinite(wins)
+        for index, (first, second) in enumerate(self._pairs):
+            there, win = valid[:, index], wins[:, index]
+            self._wins[there, first] += win[there]
+            self._wins[there, second] += 1 - win[there]
+            self._counts[there, first] += 1
+            self._counts[there, second] += 1
 
     def scores(self) -> FloatArray:
         scores = np.full(self._wins.shape, np.nan)
         return np.divide(self._wins, self._counts, out=scores, where=self._counts > 0)
 
 
-class AllPairs(_OneRound):
-    """n(n - 1)/2 comparisons, as in the paper's main runs."""
-
-    def __init__(self, num_candidates: int) -> None:
-        super().__init__(num_candidates, list(itertools.combinations(range(num_candidates), 2)))
-
-
-class Circular(_OneRound):
-    """Each candidate with the next, the last with the first: n comparisons (one for n = 2)."""
-
-    def __init__(self, num_candidates: int) -> None:
-        pairs = [(i, i + 1) for i in range(num_candidates - 1)]
-        if num_candidates > 2:
-            pairs.append((num_candidates - 1, 0))
-        super().__init__(num_candidates, pairs)
-
-
-class Pivot(_OneRound):
+class Pivot(FixedPairs):
     """Each candidate with the pivot: n - 1 comparisons. A score is the chance to beat the pivot, whose own is 1/2."""
 
-    def __init__(self, num_candidates: int, pivot: int) -> None:
-        super().__init__(num_candidates, [(i, pivot) for i in range(num_candidates) if i != pivot])
+    def __init__(self, num_groups: int, num_candidates: int, pivot: int) -> None:
+        super().__init__(num_groups, num_candidates, [(i, pivot) for i in range(num_candidates) if i != pivot])
         self._pivot = pivot
 
     def scores(self) -> FloatArray:
         scores = super().scores()
-        if np.isfinite(scores[self._pivot]):
-            scores[self._pivot] = 0.5
+        column = scores[:, self._pivot]
+        column[np.isfinite(column)] = 0.5
         return scores
 
 
-def make_schedule(name: str, kinds: Sequence[str], pivot_kind: str, offsets: FloatArray) -> PairSchedule:
+class OneGroup:
+    """A batch of one as a ``PairSchedule``."""
+
+    def __init__(self, batch: BatchSchedule) -> None:
+        self._batch = batch
+        self._asked: list[tuple[int, int]] = []
+
+    def next_round(self) -> list[tuple[int, int]]:
+        while (asked := self._batch.next_round()[0]).size:
+            self._asked = [(int(i), int(j)) for i, j in asked]
+            if pairs := [(i, j) for i, j in self._asked if i != j]:
+                return pairs
+            self.record([])
+        return []
+
+    def record(self, comparisons: Sequence[Comparison]) -> None:
+        by_pair = {(c.first, c.second): c for c in comparisons}
+        filler = Comparison(0, 0, win=float("nan"))
+        ordered = [by_pair.get((i, j), filler) for i, j in self._asked]
+        wins, votes = [c.win for c in ordered], [float(c.votes) for c in ordered]
+        self._batch.record(np.array([wins]), np.array([votes]))
+
+    def scores(self) -> FloatArray:
+        return self._batch.scores()[0]
+
+
+def make_schedule(
+    name: str, kinds: Sequence[str], pivot_kind: str, offsets: FloatArray, budget: int = 0
+) -> PairSchedule:
     """A new schedule for one group.
 
     ``offsets``: float64 [n], what the other criteria add to each candidate's weighted total, over the quality weight.
-    Fixed schedules do not need it; a search for both ends of the total does. Raises ConfigurationError for a pivot that
-    the group lacks.
+    Fixed schedules do not need it; the search for both ends of the total does. ``budget``: comparisons that the search
+    may ask, 0 for its default. Raises ConfigurationError for a pivot that the group lacks.
     """
-    if len(kinds) != len(offsets):
-        raise ValueError(f"{len(kinds)} candidates but {len(offsets)} offsets")
+    return OneGroup(make_batch(name, kinds, pivot_kind, np.asarray(offsets)[None], budget))
+
+
+def make_batch(name: str, kinds: Sequence[str], pivot_kind: str, offsets: FloatArray, budget: int = 0) -> BatchSchedule:
+    """The same for P groups of candidates of the same kinds; ``offsets``: float64 [P, n]."""
+    groups, size = offsets.shape
+    if len(kinds) != size:
+        raise ValueError(f"{len(kinds)} candidates but {size} offsets")
     if name == "all":
-        return AllPairs(len(kinds))
+        return FixedPairs(groups, size, list(itertools.combinations(range(size), 2)))
     if name == "circular":
-        return Circular(len(kinds))
+        circle = [(i, i + 1) for i in range(size - 1)] + ([(size - 1, 0)] if size > 2 else [])
+        return FixedPairs(groups, size, circle)
+    if name == "best_worst":
+        return BestWorst(offsets, budget)
     if name == "pivot":
         if pivot_kind not in kinds:
             raise ConfigurationError(
                 f"pair-schedule pivot compares with the {pivot_kind}, but a group has only {', '.join(kinds)}: add "
                 f"{pivot_kind} to candidates or choose another pair-pivot"
             )
-        return Pivot(len(kinds), list(kinds).index(pivot_kind))
+        return Pivot(groups, size, list(kinds).index(pivot_kind))
     raise ConfigurationError(f"pair-schedule is {name!r}: use one of {', '.join(SCHEDULES)}")
+
+
+def num_comparisons(name: str, num_candidates: int, budget: int = 0) -> int:
+    """How many comparisons a group of that size is asked, at most."""
+    if name == "best_worst":
+        return 0 if num_candidates < 2 else budget or default_budget(num_candidates)
+    kinds = ("suffix",) * num_candidates
+    return make_batch(name, kinds, "suffix", np.zeros((1, num_candidates))).next_round().shape[1]

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from megatron_sip.curriculum import Curriculum, TriggerState
 from megatron_sip.data.build import build_loader
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.model.presets import Architecture, count_parameters, padded_vocab_size
-from megatron_sip.teacher.schedule import make_schedule
+from megatron_sip.teacher.schedule import num_comparisons
 from megatron_sip.tokenizer import build_tokenizer
 from megatron_sip.train.checks import check_layout, find_missing, trains_on
 from megatron_sip.train.config import TrainConfig
@@ -134,7 +132,7 @@ def judge_calls(config: TrainConfig, groups: int) -> JudgeCalls:
     teacher, kinds = config.teacher, [kind.value for kind in config.rollout.pool.kinds]
     pairs = 0
     if teacher.judge_quality_weight > 0:
-        pairs = len(make_schedule(teacher.pair_schedule, kinds, teacher.pair_pivot, np.zeros(len(kinds))).next_round())
+        pairs = num_comparisons(teacher.pair_schedule, len(kinds), teacher.pair_budget)
     pointwise = sum(weight > 0 for weight in (teacher.judge_safety_weight, teacher.judge_factuality_weight))
     return JudgeCalls(
         groups=groups if config.preference.needs_judge else 0,

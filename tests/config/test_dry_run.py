@@ -142,6 +142,8 @@ def test_judge_calls_follow_the_schedule_the_criteria_and_the_orders() -> None:
 
     assert calls(pair_schedule="pivot") == 256 * 16 * 5
     assert calls(pair_schedule="circular") == 256 * 17 * 5
+    assert calls(pair_schedule="best_worst") == 256 * 40 * 5
+    assert calls(pair_schedule="best_worst", pair_budget=33) == 256 * 33 * 5
     assert calls(pair_order="both") == 2 * 174_080
     assert calls(judge_safety_weight=1) == 256 * (136 + 17) * 5
     assert calls(judge_safety_weight=1, judge_factuality_weight=1, judge_quality_weight=0) == 256 * 2 * 17 * 5
