@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.data.gather import DEFAULT_PACKAGES, DEFAULT_SPLITS, GatherReport, gather, parse_shares
+from megatron_sip.data.gather import DEFAULT_PACKAGES, DEFAULT_SPLITS, GatherReport, gather
+from megatron_sip.data.splits import parse_shares
 from megatron_sip.errors import DataError, SIPError
 
 

@@ -1,5 +1,10 @@
 #!/usr/bin/env python
-"""Tokenize jsonl documents into Megatron .bin/.idx corpora (flags and file names are Megatron-LM's)."""
+"""Tokenize documents (jsonl, RedPajama-V2, Parquet) into Megatron .bin/.idx corpora (Megatron-LM's flags and names).
+
+One corpus:         --input corpus.jsonl --output-prefix data/corpus
+A shard per file:   --input corpus/ --output-dir data/shards [--shard-index I --num-shards N] ; repeat it to go on
+Then one corpus:    the same command with --merge --output-prefix data/corpus
+"""
 
 from __future__ import annotations
 
@@ -11,21 +16,48 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.data.preprocess import PreprocessConfig, PreprocessReport, preprocess
+from megatron_sip.data.dryrun import DryRun, dry_run
+from megatron_sip.data.filters import UNSAFE_READINGS, FilterConfig
+from megatron_sip.data.preprocess import PreprocessConfig, preprocess
+from megatron_sip.data.progress import PreprocessReport
+from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig
+from megatron_sip.data.sharded import NodePart, merge_shards, preprocess_shards
 from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer.config import TOKENIZER_TYPES, TokenizerConfig
 
 
-def parse_arguments() -> PreprocessConfig:
+def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("input and output")
-    data.add_argument("--input", nargs="+", required=True, help="jsonl files or globs, also .gz and .zst")
-    data.add_argument("--json-keys", nargs="+", default=["text"], help="fields to tokenize, one corpus each")
-    data.add_argument("--output-prefix", required=True, help="writes <prefix>_<key>_document.bin, .idx, .meta.json")
+    data.add_argument(
+        "--input", nargs="+", required=True, help="files, folders or globs; .jsonl, .json, .parquet, .gz, .zst"
+    )
+    data.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="fields (dotted paths) to tokenize, one corpus each"
+    )
+    data.add_argument("--output-prefix", help="writes <prefix>_<key>_document.bin, .idx, .meta.json")
     data.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="broken lines: stop, or count them")
     data.add_argument("--workers", type=int, default=1, help="processes that tokenize")
-    data.add_argument("--log-interval", type=int, default=10_000, help="documents between progress lines")
+    data.add_argument("--log-interval", type=int, default=10_000, help="lines between progress lines")
+    data.add_argument(
+        "--format", choices=FORMATS, default="auto", help="auto: by suffix; redpajama-v2: with side files"
+    )
+    data.add_argument("--signals", choices=("required", "optional", "none"), default="required", help="of RedPajama-V2")
+    data.add_argument("--utf8-errors", choices=UTF8_RULES, default="fail", help="text that is not UTF-8")
+    data.add_argument("--max-line-mb", type=float, default=512, help="a longer line is broken")
+    data.add_argument(
+        "--dry-run", type=int, metavar="LINES", help="show what the filter does to so many lines, and stop"
+    )
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--output-dir", type=Path, help="one output shard per input file, resumable, with a manifest")
+    shards.add_argument("--shard-index", type=int, default=0, help="this node (Slurm: $SLURM_ARRAY_TASK_ID)")
+    shards.add_argument("--num-shards", type=int, default=1, help="nodes (Slurm: $SLURM_ARRAY_TASK_COUNT)")
+    shards.add_argument(
+        "--verify", action="store_true", help="compare the checksums of finished shards, not only sizes"
+    )
+    shards.add_argument("--merge", action="store_true", help="join all shards of --output-dir into --output-prefix")
+    _filter_flags(parser.add_argument_group("filter"))
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
     group.add_argument("--tokenizer-model", help="model file, or name or folder of a Hugging Face tokenizer")
@@ -35,6 +67,37 @@ def parse_arguments() -> PreprocessConfig:
     group.add_argument("--tiktoken-special-tokens", nargs="+")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     options = parser.parse_args()
+    if options.output_prefix is None and (options.output_dir is None or options.merge) and options.dry_run is None:
+        parser.error("give --output-prefix for one corpus, or --output-dir for one shard per input file")
+    if options.output_prefix is not None and options.output_dir is not None and not options.merge:
+        parser.error("give --output-prefix or --output-dir, or both with --merge")
+    if options.merge and options.output_dir is None:
+        parser.error("--merge joins the shards of --output-dir: give it")
+    return options
+
+
+def _filter_flags(group: argparse._ArgumentGroup) -> None:
+    defaults = FilterConfig()
+    group.add_argument("--languages", nargs="+", default=[], help="keep documents of these languages")
+    group.add_argument("--language-field", default=defaults.language_field)
+    group.add_argument("--buckets", nargs="+", default=[], help="keep these buckets of RedPajama-V2: head middle tail")
+    group.add_argument("--bucket-field", default=defaults.bucket_field)
+    group.add_argument("--sets", nargs="+", default=[], help="keep these sets of SlimPajama: C4 Wikipedia ...")
+    group.add_argument("--set-field", default=defaults.set_field)
+    group.add_argument("--drop-duplicates", action="store_true", help="leave out RedPajama-V2's duplicates")
+    group.add_argument(
+        "--unsafe-subset", choices=UNSAFE_READINGS, default="off", help="the paper's unsafe subset, as its code or text"
+    )
+    group.add_argument("--gopher", action="store_true", help="Gopher's quality rules")
+    group.add_argument("--predicate", help="module:function, called with the fields of a line, true to keep it")
+    group.add_argument("--splits", help="name:share,... cut by a stable hash; see --split")
+    group.add_argument("--split", help="keep this one of --splits")
+    group.add_argument("--split-key", default=defaults.split_key, help="text, or the field to hash")
+    group.add_argument("--exclude", help="file of text hashes to leave out (tools/split_corpus.py writes them)")
+
+
+def build_config(options: argparse.Namespace) -> PreprocessConfig:
+    """The configuration that the flags name."""
     special_tokens = options.tiktoken_special_tokens
     tokenizer = TokenizerConfig(
         tokenizer_type=options.tokenizer_type,
@@ -44,31 +107,95 @@ def parse_arguments() -> PreprocessConfig:
         tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
         tiktoken_special_tokens=tuple(special_tokens) if special_tokens else None,
     )
+    filters = FilterConfig(
+        languages=tuple(options.languages),
+        language_field=options.language_field,
+        buckets=tuple(options.buckets),
+        bucket_field=options.bucket_field,
+        sets=tuple(options.sets),
+        set_field=options.set_field,
+        drop_duplicates=options.drop_duplicates,
+        unsafe_subset=options.unsafe_subset,
+        gopher=options.gopher,
+        predicate=options.predicate,
+        splits=options.splits,
+        split=options.split,
+        split_key=options.split_key,
+        exclude=options.exclude,
+    )
     return PreprocessConfig(
         inputs=tuple(options.input),
-        output_prefix=options.output_prefix,
+        output_prefix=options.output_prefix or "",
         tokenizer=tokenizer,
         json_keys=tuple(options.json_keys),
         workers=options.workers,
         append_eod=options.append_eod,
         on_error=options.on_error,
         log_interval=options.log_interval,
+        read=ReadConfig(
+            format=options.format,
+            utf8_errors=options.utf8_errors,
+            signals=options.signals,
+            max_line_bytes=int(options.max_line_mb * 1e6),
+        ),
+        filters=filters,
     )
 
 
-def show(config: PreprocessConfig, report: PreprocessReport) -> None:
+def show(report: PreprocessReport) -> None:
     """Where every line went."""
     for error in report.errors:
         print(f"left out: {error}", file=sys.stderr)
     if report.num_errors > len(report.errors):
         print(f"left out: {report.num_errors - len(report.errors)} more", file=sys.stderr)
-    for key in config.json_keys:
-        print(f"wrote {config.prefix(key)}: {report.num_tokens[key]:,} tokens, {report.num_empty[key]} empty documents")
-    print(
+    for rule, count in report.dropped.items():
+        print(f"dropped by {rule}: {count:,}")
+    for key, count in report.num_tokens.items():
+        print(f"{key}: {count:,} tokens, {report.num_empty[key]} empty documents")
+    line = (
         f"{report.num_lines:,} lines: {report.num_documents:,} documents, {report.num_errors} broken, "
-        f"{report.num_blank} blank; {report.elapsed_s:.1f} s, "
-        f"{report.num_text_bytes / 1e6 / max(report.elapsed_s, 1e-9):.1f} MB/s"
+        f"{report.num_blank} blank, {sum(report.dropped.values()):,} dropped"
     )
+    if report.elapsed_s:
+        line += f"; {report.elapsed_s:.1f} s, {report.num_text_bytes / 1e6 / report.elapsed_s:.1f} MB/s"
+    print(line)
+
+
+def show_dry_run(result: DryRun) -> None:
+    """What the filter does to a sample."""
+    print(f"{result.num_lines:,} lines of {result.num_files} files")
+    print(f"  kept {result.num_kept:,}, blank {result.num_blank:,}, broken {result.num_broken:,}")
+    for rule, count in result.dropped.items():
+        print(f"  {count:8,} dropped by {rule}")
+    for rule, texts in result.examples.items():
+        print(f"{rule}:")
+        for text in texts:
+            print(f"    {text}")
+    for error in result.errors[:20]:
+        print(f"broken: {error}", file=sys.stderr)
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the flags ask for."""
+    config = build_config(options)
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+
+    if options.dry_run is not None:
+        show_dry_run(dry_run(config, options.dry_run))
+    elif options.merge:
+        show(merge_shards(config, options.output_dir))
+        print(f"wrote {', '.join(config.prefix(key) for key in config.json_keys)}")
+    elif options.output_dir is not None:
+        part = NodePart(options.shard_index, options.num_shards)
+        result = preprocess_shards(config, options.output_dir, part, options.verify, log)
+        show(result.report)
+        state = "all shards are done: manifest.json" if result.is_complete else "shards of other nodes are not done yet"
+        print(f"wrote {result.num_written} of {result.num_shards} shards to {options.output_dir}; {state}")
+    else:
+        show(preprocess(config, log))
+        print(f"wrote {', '.join(config.prefix(key) for key in config.json_keys)}")
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -79,9 +206,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Tokenize, and say where every line went."""
     signal.signal(signal.SIGTERM, _stop)
-    config = parse_arguments()
+    options = parse_arguments()
     try:
-        show(config, preprocess(config, lambda line: print(line, flush=True)))
+        run(options)
     except SIPError as error:
         sys.exit(f"preprocess_data: {error}")
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config import option
 from megatron_sip.config.loader import load
-from megatron_sip.data.jsonl import expand_inputs, read_batches
+from megatron_sip.data.readers import expand_inputs, read_batches
 from megatron_sip.errors import ConfigurationError, DataError, SIPError
 from megatron_sip.teacher.build import build_teacher
 from megatron_sip.teacher.config import TeacherConfig

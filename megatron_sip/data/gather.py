@@ -16,7 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from megatron_sip.data.docstrings import Deduplicator, docstring_groups, without_prompts
-from megatron_sip.errors import ConfigurationError, DataError
+from megatron_sip.data.splits import split_of
+from megatron_sip.errors import DataError
 
 STANDARD_LIBRARY = "stdlib"
 DEFAULT_PACKAGES = (
@@ -140,31 +141,6 @@ def _join_short(pieces: Iterable[_Piece], min_chars: int) -> Iterator[_Piece]:
             waiting = []
     if waiting:
         yield joined(waiting)
-
-
-def split_of(key: str, shares: Mapping[str, float]) -> str:
-    """The split of a document: a function of its key alone, whatever else is in the corpus."""
-    fraction = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-    total = sum(shares.values())
-    for name, share in shares.items():
-        fraction -= share / total
-        if fraction < 0:
-            return name
-    return list(shares)[-1]
-
-
-def parse_shares(text: str) -> dict[str, float]:
-    """``policy:0.5,judge:0.2`` to shares. Raises ``ConfigurationError``."""
-    shares = {}
-    for item in text.split(","):
-        name, _, share = item.partition(":")
-        try:
-            shares[name.strip()] = float(share)
-        except ValueError:
-            raise ConfigurationError(f"--splits {text}: {item!r} is not name:share") from None
-    if any(share <= 0 or not name for name, share in shares.items()):
-        raise ConfigurationError(f"--splits {text}: every split needs a name and a share above 0")
-    return shares
 
 
 def gather(

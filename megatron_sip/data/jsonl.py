@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from megatron_sip.errors import ConfigurationError, DataError
+from megatron_sip.errors import DataError
 
 _BATCH_BYTES = 1 << 20
+MAX_LINE_BYTES = 512 << 20
+"""A longer line is reported as broken and its rest is read over, so that no input can fill the memory."""
 
 
 @dataclass(frozen=True)
 class LineBatch:
-    """Whole lines of one file, undecoded, and how far reading has come."""
+    """Whole lines (or rows) of one file, unparsed, and how far reading has come."""
 
     path: str
     first_line: int
-    """Number of the first line, from 1."""
+    """Number of the first line or row, from 1."""
     lines: tuple[bytes, ...]
+    """Lines without their line end; empty for a table."""
     num_bytes_read: int
     """Bytes of input files consumed so far, as stored: for the ETA."""
+    signals: tuple[bytes, ...] = ()
+    """RedPajama-V2: the lines of the quality signals file that belong to ``lines``; empty if there are none."""
+    duplicates: frozenset[int] = frozenset()
+    """RedPajama-V2: numbers of the lines that the duplicates file names."""
+    rows: tuple[Mapping[str, Any] | str, ...] = ()
+    """Parquet: the rows; text says why a row could not be read."""
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.lines) or len(self.rows)
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of paths and globs, in the order given, each glob sorted. Raises ``ConfigurationError`` if one is empty."""
-    found: list[Path] = []
-    for pattern in patterns:
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
-        if not files:
-            raise ConfigurationError(f"--input {pattern}: no such file")
-        found += files
-    if len(set(found)) != len(found):
-        raise ConfigurationError(f"--input {' '.join(patterns)}: names a file twice")
-    return found
+def read_lines(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[LineBatch]:
+    """All lines of a file, about a megabyte at a time. Raises ``DataError`` for a damaged compressed file.
 
-
-def read_batches(paths: Sequence[Path]) -> Iterator[LineBatch]:
-    """All lines of all files, about a megabyte at a time. Raises ``DataError`` for a damaged compressed file."""
-    num_before = 0
-    for path in paths:
-        number = 1
+    A line of more than ``max_line_bytes`` is cut after one byte more than that.
+    """
+    number = 1
+    try:
         with open(path, "rb") as raw:
-            stream = _decompressed(path, raw)
-            try:
-                while lines := stream.readlines(_BATCH_BYTES):
-                    yield LineBatch(str(path), number, tuple(lines), num_before + raw.tell())
-                    number += len(lines)
-            except (EOFError, zlib.error, gzip.BadGzipFile, _ZstandardError) as error:
-                raise DataError(f"{path}: damaged or truncated after line {number - 1} ({error})") from error
-        num_before += path.stat().st_size
+            for lines in _split(_decompressed(path, raw), max_line_bytes):
+                yield LineBatch(str(path), number, tuple(lines), raw.tell())
+                number += len(lines)
+    except (EOFError, zlib.error, gzip.BadGzipFile, _ZstandardError) as error:
+        raise DataError(f"{path}: damaged or truncated after line {number - 1} ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read after line {number - 1} ({error})") from error
+
+
+def _split(stream: IO[bytes], max_line_bytes: int) -> Iterator[list[bytes]]:
+    begun: list[bytes] = []
+    size = 0
+    while block := stream.read(_BATCH_BYTES):
+        head, *rest = block.split(b"\n")
+        if size <= max_line_bytes:
+            begun.append(head[: max_line_bytes + 1 - size])
+        size += len(head)
+        if rest:
+            yield [b"".join(begun), *rest[:-1]]
+            begun, size = [rest[-1][: max_line_bytes + 1]], len(rest[-1])
+    if size:
+        yield [b"".join(begun)]
 
 
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
@@ -87,11 +101,11 @@ class _ZstandardReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._pending:
-            data = self._frame.unused_data if self._frame.eof else self._raw.read(_BATCH_BYTES)
+            data = self._frame.unused_data if self._frame.eof else self._raw.read(_BATCH_BYTES // 8)
             if self._frame.eof:
                 self._frame = self._library.ZstdDecompressor().decompressobj()
                 self._is_inside = False
-                data = data or self._raw.read(_BATCH_BYTES)
+                data = data or self._raw.read(_BATCH_BYTES // 8)
             if not data:
                 if self._is_inside:
                     raise EOFError("the file ends inside a zstandard frame")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sip.data.docstrings import Deduplicator, docstring_groups, without_prompts
-from megatron_sip.data.gather import DEFAULT_SPLITS, gather, parse_shares, split_of
+from megatron_sip.data.gather import DEFAULT_SPLITS, gather
+from megatron_sip.data.splits import parse_shares, split_of
 from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 from megatron_sip.tokenizer.training import train_sentencepiece

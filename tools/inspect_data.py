@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""The data card of tokenized corpora: document lengths, samples per phase, mix of sources, and samples to read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
+from megatron_sip.data.card import card_text, corpus_cards, histogram_svg
+from megatron_sip.data.config import DataConfig, parse_blend
+from megatron_sip.errors import SIPError
+from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from megatron_sip.tokenizer.config import TOKENIZER_TYPES
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags."""
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--data-path", nargs="+", required=True, help="corpora, or a blend: weight path weight path ..."
+    )
+    parser.add_argument("--seq-length", type=int, default=defaults.seq_length)
+    parser.add_argument("--suffix-length", type=int, default=defaults.suffix_length)
+    parser.add_argument("--min-prefix-length", type=int, default=defaults.min_prefix_length)
+    parser.add_argument("--min-suffix-length", type=int)
+    parser.add_argument("--sample-cut", choices=("chunk", "random"), default=defaults.sample_cut)
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
+    parser.add_argument("--tokenizer-model")
+    parser.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
+    parser.add_argument("--num-samples", type=int, default=3, help="samples to decode")
+    parser.add_argument("--seed", type=int, default=0, help="which samples")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths")
+    return parser.parse_args()
+
+
+def show_samples(options: argparse.Namespace, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Decoded prefixes and suffixes, as the judged phases draw them."""
+    loader = build_loader(config, options.data_path, tokenizer, options.seed, (SUFFIX,))
+    for sample in loader.take(SUFFIX, options.num_samples):
+        prefix = np.asarray(sample.prefix)
+        print(f"\nsample {sample.sample_id}, document {sample.document}: {len(prefix)} + {len(sample.suffix)} tokens")
+        print("prefix ..." + tokenizer.decode(prefix[-200:]))
+        print("suffix >>>" + tokenizer.decode_continuation(prefix, sample.suffix))
+
+
+def main() -> None:
+    """Print the card, draw it, decode samples."""
+    options = parse_arguments()
+    config = DataConfig(
+        data_path=tuple(options.data_path),
+        seq_length=options.seq_length,
+        suffix_length=options.suffix_length,
+        min_prefix_length=options.min_prefix_length,
+        min_suffix_length=options.min_suffix_length,
+        sample_cut=options.sample_cut,
+    )
+    try:
+        config.validate()
+        tokenizer = build_tokenizer(
+            TokenizerConfig(
+                tokenizer_type=options.tokenizer_type,
+                tokenizer_model=options.tokenizer_model,
+                vocab_size=options.vocab_size,
+            )
+        )
+        corpora = open_corpora(options.data_path, tokenizer)
+        cards = corpus_cards(corpora, parse_blend(options.data_path)[1], config)
+        for card in cards:
+            print(card_text(card, config))
+        if options.plot is not None:
+            options.plot.write_text(histogram_svg(cards), encoding="utf-8")
+        if options.num_samples:
+            show_samples(options, config, tokenizer)
+    except SIPError as error:
+        sys.exit(f"inspect_data: {error}")
+
+
+if __name__ == "__main__":
+    main()
