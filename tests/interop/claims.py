@@ -48,12 +48,13 @@ def converted_models(payload: dict[str, Any]) -> dict[str, Any]:
         scorer = PolicyScorer(chunks, context, size)
         positions = torch.arange(ROWS.shape[1]).expand_as(ROWS)
         logits = scorer.logits(ROWS, positions)
-        best = scorer.best_tokens(ROWS, positions)
-        scores = scorer.log_probs(ROWS, ROWS.roll(-1, dims=1), positions)
+        following = ROWS.roll(-1, dims=1)
+        scores, best = scorer.log_probs_and_best(ROWS, following, positions)
         report[kind] = {
             "logits": None if logits is None else logits.cpu().numpy(),
             "best": np.asarray(best),
             "log_probs": np.asarray(scores),
+            "scored_alone": np.asarray(scorer.log_probs(ROWS, following, positions)),
         }
         if kind in payload["save"]:
             manager.save(30, state, {})

@@ -75,7 +75,8 @@ def test_converted_models_give_the_logits_of_transformers_at_every_layout(
         for report in reports:
             if report[kind]["logits"] is not None:
                 torch.testing.assert_close(torch.from_numpy(report[kind]["logits"]), theirs, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(torch.from_numpy(report[kind]["log_probs"]), scores, rtol=1e-4, atol=1e-4)
+            for name in ("log_probs", "scored_alone"):
+                torch.testing.assert_close(torch.from_numpy(report[kind][name]), scores, rtol=1e-4, atol=1e-4)
             assert torch.equal(torch.from_numpy(report[kind]["best"]), theirs.argmax(-1))
     if (tensor_parallel, pipeline_parallel) == (2, 2):
         for kind in KINDS:  # written by four ranks, with the vocabulary padded for them
