@@ -17,8 +17,6 @@ _PREFIXES = ("", "model.", "module.", "module.model.")
 _NEEDED = tuple(
     field.name for field in fields(Architecture) if field.name not in ("max_position_embeddings", "rope_scaling")
 )
-_LENGTH = 4096
-"""Longest sequence, of a checkpoint that does not say it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,11 @@ class Source:
             named = {"factor": float(factor)} if factor is not None else {}
             ours = self.numbers.get("rope_scaling")  # a word in Megatron-LM's arguments
             scaling = replace(known, **{**named, **(ours if isinstance(ours, Mapping) else {})})
-        length = self.numbers.get("max_position_embeddings") or (like.max_position_embeddings if like else _LENGTH)
+        length = self.numbers.get("max_position_embeddings") or (like.max_position_embeddings if like else None)
+        if length is None:
+            raise CheckpointError(
+                f"{self.directory} does not say its longest sequence: give the model that it was trained from with --like."
+            )
         own = Architecture(
             **{name: self.numbers[name] for name in _NEEDED}, max_position_embeddings=length, rope_scaling=scaling
         )
