@@ -51,7 +51,7 @@ class Source:
         length = self.numbers.get("max_position_embeddings") or (like.max_position_embeddings if like else None)
         if length is None:
             raise CheckpointError(
-                f"{self.directory} does not say its longest sequence: give the model that it was trained from with --like."
+                f"{self.directory} does not say its longest sequence: name the model it was trained from with --like."
             )
         own = Architecture(
             **{name: self.numbers[name] for name in _NEEDED}, max_position_embeddings=length, rope_scaling=scaling
