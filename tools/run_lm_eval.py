@@ -48,7 +48,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     own, rest = parser.parse_known_args(argv)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigurationError("lm-evaluation-harness is not installed: pip install lm_eval")
-    config = load(TrainConfig, ["--train-iters", "1", *rest], prog="run_lm_eval.py")
+    # What a run needs and this does not: neither is looked at.
+    config = load(
+        TrainConfig, ["--train-iters", "1", "--data-path", "unused", "--eval-iters", "0", *rest], prog="run_lm_eval.py"
+    )
     if config.checkpoint.load is None and config.checkpoint.pretrained_checkpoint is None:
         raise ConfigurationError("name the checkpoint: --load DIR, or --pretrained-checkpoint DIR")
     return own, config

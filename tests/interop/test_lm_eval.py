@@ -83,7 +83,7 @@ def test_scores_equal_those_of_transformers_backend(tasks: Path, monkeypatch: py
     names = (*NAMES, "local_generating")
     flags = ["--tasks", ",".join(names), "--include-path", str(tasks), "--output", str(tasks / "ours.json")]
     flags += ["--config", str(tasks / "megatron/recipe.yaml"), "--tensor-model-parallel-size", "2"]
-    flags += ["--batch-tokens", "256"]
+    flags += ["--batch-tokens", "256", "--seq-length", "48", "--suffix-length", "16"]
     payload = {"flags": flags, "cache": str(tasks / "cache")}
     reports = run_ranks(2, "tests.interop.lm_eval_claims:scores", payload, timeout_s=240)
     assert [report["status"] for report in reports] == [0, 0]
