@@ -35,22 +35,28 @@ class ModelIdentity:
     """Fingerprint of the tokenizer's contents; "" if it is not known."""
     architecture: Mapping[str, Plain] = field(default_factory=dict)
     """Megatron-LM's names (num_layers, hidden_size, ...) and their values."""
+    unchecked: Mapping[str, Any] = field(default_factory=dict)
+    """What a load may change, for tools that export the model."""
 
     def as_plain(self) -> dict[str, Any]:
         """As dictionaries, for the checkpoint."""
-        return {**asdict(self), "architecture": dict(self.architecture)}
+        return {**asdict(self), "architecture": dict(self.architecture), "unchecked": dict(self.unchecked)}
 
 
 def identity_of(architecture: Architecture, vocab_size: int, tokenizer: str) -> ModelIdentity:
     """What a checkpoint of a policy must agree with; ``tokenizer`` is the tokenizer's fingerprint.
 
-    The longest sequence is left out: with RoPE a run may raise it.
+    The longest sequence is not compared: with RoPE a run may raise it.
     """
     numbers: dict[str, Plain] = {name: value for name, value in asdict(architecture).items() if name not in _FREE}
     scaling = architecture.rope_scaling
     if scaling is not None:
         numbers["rope_scaling_factor"] = scaling.factor
-    return ModelIdentity(vocab_size, tokenizer, {**_ALWAYS, **numbers, "use_rope_scaling": scaling is not None})
+    checked = {**_ALWAYS, **numbers, "use_rope_scaling": scaling is not None}
+    unchecked: dict[str, Any] = {"max_position_embeddings": architecture.max_position_embeddings}
+    if scaling is not None:
+        unchecked["rope_scaling"] = asdict(scaling)
+    return ModelIdentity(vocab_size, tokenizer, checked, unchecked)
 
 
 def check_identity(directory: Path, common: Mapping[str, Any], expected: ModelIdentity) -> None:

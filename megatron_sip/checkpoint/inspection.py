@@ -30,7 +30,7 @@ def describe(root: Path, step: int | None, with_optimizer: bool = False) -> str:
     ]
     identity = common.get("identity", {})
     if identity:
-        lines.append(f"model {_pairs(identity['architecture'])}, {_pairs(identity, 'architecture')}")
+        lines.append(f"model {_pairs(identity['architecture'])}, {_pairs(identity, 'architecture', 'unchecked')}")
     if "run" in common:
         lines.append(f"state of the run: {', '.join(sorted(common['run'])) or 'none'}")
     lines.append(f"{count_numbers(stored):,} numbers in the model; tensors:")

@@ -1,0 +1,107 @@
+"""Converts Llama 2 / 3 and Qwen 2 / 3 checkpoints between transformers' format and Megatron's, at any size.
+
+    tools/convert_checkpoint.py to-megatron HF_DIR OUTPUT     then: pretrain_sip.py --config OUTPUT/recipe.yaml ...
+    tools/convert_checkpoint.py to-hf CHECKPOINT OUTPUT
+
+Goes tensor by tensor, in one process without a GPU; the checkpoint loads at any TP x PP. The output appears when it is
+complete. Nothing is rounded unless --dtype says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.checkpoint.huggingface.convert import (
+    CARRIED_DIRECTORY,
+    DTYPES,
+    RECIPE,
+    recipe,
+    to_hugging_face,
+    to_megatron,
+)
+from megatron_sip.errors import SIPError
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, source, text in (
+        ("to-megatron", "model directory with config.json and safetensors", "transformers -> Megatron"),
+        ("to-hf", "what --save was, what to-megatron made, or one iter_* directory", "Megatron -> transformers"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("source", type=Path, help=source)
+        command.add_argument("output", type=Path, help="new directory")
+        command.add_argument("--dtype", choices=tuple(DTYPES), default="keep", help="type of the weights [keep]")
+        command.add_argument(
+            "--verify", nargs="?", type=Path, const=README, metavar="FILE",
+            help="compare logits on a text, by default this project's README, before the output gets its name; holds "
+            "the model in memory in float32",
+        )  # fmt: skip
+        if name == "to-hf":
+            add_export_options(command)
+    return parser.parse_args(argv)
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Those of to-hf, which tools/export_policy.py has too."""
+    parser.add_argument("--step", type=int, help="step to convert [the latest]")
+    parser.add_argument(
+        "--like", type=Path,
+        help="model directory that training started from: its config.json and tokenizer go along [what to-megatron put "
+        f"into {CARRIED_DIRECTORY}/ beside the weights]",
+    )  # fmt: skip
+    parser.add_argument("--vocab-rows", type=int, help="rows of the embedding [as in --like, else the tokens]")
+    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of one file [5]")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Runs the command and prints what to do with its output."""
+    if options.command == "to-megatron":
+        check = None if options.verify is None else lambda partial: compare(options.source, partial, options.verify)
+        converted = to_megatron(options.source, options.output, options.dtype, check)
+        print(f"# wrote {options.output}; the same is in {RECIPE} there:\n{recipe(converted)}", end="")
+        return
+    check = None
+    if options.verify is not None:
+        check = lambda partial: compare(partial, options.source, options.verify, options.step)  # noqa: E731
+    to_hugging_face(
+        options.source,
+        options.output,
+        step=options.step,
+        like=options.like,
+        dtype=options.dtype,
+        vocab_rows=options.vocab_rows,
+        max_shard_bytes=int(options.max_shard_gib * 2**30),
+        check=check,
+    )
+    print(f"wrote {options.output}")
+
+
+def compare(model: Path, checkpoint: Path, text: Path, step: int | None = None) -> None:
+    """Prints how far the logits are apart; raises if that is too far."""
+    from megatron_sip.checkpoint.huggingface.verify import verify
+
+    print(f"# {verify(model, checkpoint, text.read_text(encoding='utf-8'), step=step)}", file=sys.stderr)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status; what a user can mend is printed as one line."""
+    try:
+        convert(parse(argv))
+    except SIPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Exports a policy to a directory for vLLM or transformers, and prints the command that serves it.
+
+    tools/export_policy.py CHECKPOINT OUTPUT [--like HF_DIR] [--tensor-parallel-size 2] [--port 8000]
+
+CHECKPOINT is what --save was. A policy that was trained from scratch with a SentencePiece tokenizer has no tokenizer of
+transformers': it is served by token ids (--skip-tokenizer-init).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.checkpoint.huggingface.convert import DTYPES, Converted, to_hugging_face
+from megatron_sip.errors import SIPError
+from tools.convert_checkpoint import add_export_options
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="what --save was, or one iter_* directory")
+    parser.add_argument("output", type=Path, help="new directory")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="keep", help="type of the weights [keep]")
+    add_export_options(parser)
+    parser.add_argument("--served-model-name", help="name that clients ask for [the output's]")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of the server [1]")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at [8000]")
+    return parser.parse_args(argv)
+
+
+def serve_command(converted: Converted, options: argparse.Namespace) -> str:
+    """The ``vllm serve`` line of an exported policy."""
+    words = ["vllm", "serve", str(converted.directory)]
+    words += ["--served-model-name", options.served_model_name or converted.directory.name]
+    words += ["--host", options.host, "--port", str(options.port)]
+    words += ["--dtype", str(converted.dtype).removeprefix("torch.")]
+    words += ["--max-model-len", str(converted.architecture.max_position_embeddings)]
+    words += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
+    if not converted.has_tokenizer:
+        words.append("--skip-tokenizer-init")
+    return shlex.join(words)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status; what a user can mend is printed as one line."""
+    options = parse(argv)
+    try:
+        converted = to_hugging_face(
+            options.checkpoint,
+            options.output,
+            step=options.step,
+            like=options.like,
+            dtype=options.dtype,
+            vocab_rows=options.vocab_rows,
+            max_shard_bytes=int(options.max_shard_gib * 2**30),
+        )
+    except SIPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(serve_command(converted, options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
