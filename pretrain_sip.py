@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pretrains a language model by Self-Improving Pretraining.
 
-    torchrun --nproc-per-node 8 pretrain_sip.py --config examples/recipes/llama2_1.4b_continued.yaml
+    torchrun --nproc-per-node 8 pretrain_sip.py --config examples/recipes/continued-quality.yaml
 
 Flags win over the recipe; ``--help`` lists them, ``--print-config`` shows what a run would use, ``--dry-run`` checks a
 run without starting it.
