@@ -58,6 +58,7 @@ def run_ranks(world_size: int, target: str, payload: Any = None, timeout_s: floa
     finally:
         for process in processes:
             process.kill()
+            assert process.pid is not None
             with suppress(ProcessLookupError):  # it had not yet begun
                 os.killpg(process.pid, signal.SIGKILL)
         for process in processes:
