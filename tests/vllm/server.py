@@ -1,0 +1,100 @@
+"""Starts a real vLLM server on this machine's CPU, in an environment of its own (`make vllm-cpu-env`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_S = 260.0
+PYTHON_VARIABLE = "VLLM_PYTHON"
+"""Names the interpreter of the environment that has vLLM; the tests are skipped without it."""
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+ARGUMENTS = (
+    "--served-model-name", "tiny", "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
+    "--max-model-len", "1024", "--max-num-seqs", "64", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192",
+    "--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}',
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    root: str
+    """``http://127.0.0.1:PORT``: /metrics, and what VLLM_SERVER_DEV_MODE opens."""
+    model: Path
+    """Directory of what it serves, under the name ``tiny``."""
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """Of the OpenAI-compatible part."""
+        return f"{self.root}/v1"
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.root}{path}", timeout=30) as answer:
+            return str(answer.read().decode())
+
+    def metric(self, name: str) -> float:
+        """Sum of a Prometheus counter."""
+        lines = (line for line in self.get("/metrics").splitlines() if line.startswith((name + "{", name + " ")))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+@contextmanager
+def vllm_server(
+    python: str, model: Path, log: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[VllmServer]:
+    """A server that is ready; ended with all its processes. ``arguments``: further ones of the command line."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *ARGUMENTS, *arguments],
+            env={**inherited, **OFFLINE, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            server = VllmServer(f"http://127.0.0.1:{port}", model, log)
+            _wait_until_ready(server, process)
+            yield server
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait_until_ready(server: VllmServer, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            server.get("/health")
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-30:])
+    raise RuntimeError(f"vLLM did not start within {START_S:g} s (exit status {process.poll()}):\n{tail}")
