@@ -14,7 +14,9 @@ from tests.vllm.tiny_model import write_tiny_model
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    skip = pytest.mark.skip(reason=f"needs a vLLM environment: `make test-vllm`, or name its python in {PYTHON_VARIABLE}")
+    skip = pytest.mark.skip(
+        reason=f"needs a vLLM environment: `make test-vllm`, or name its python in {PYTHON_VARIABLE}"
+    )
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vllm)

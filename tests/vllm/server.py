@@ -27,7 +27,8 @@ OFFLINE = {
 }
 ARGUMENTS = (
     "--served-model-name", "tiny", "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
-    "--max-model-len", "1024", "--max-num-seqs", "64", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192",
+    "--max-model-len", "1024", "--max-num-seqs", "64", "--no-enable-chunked-prefill",
+    "--max-num-batched-tokens", "8192",
     "--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}',
 )  # fmt: skip
 

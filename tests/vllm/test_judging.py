@@ -1,4 +1,4 @@
-"""Covers judges and rewriter against a real vLLM server (a random model on CPU): what its API takes, and what it says."""
+"""Covers judges and rewriter against a real vLLM server with a random model: what its API takes, and what it says."""
 
 
 def test_a_server_starts(vllm):
