@@ -21,7 +21,7 @@ from megatron_sip.engine.optimizer import STATE_FORMAT, Optimizer
 from megatron_sip.engine.passes import Metrics, PassRunner
 from megatron_sip.engine.reference import ReferencePolicy
 from megatron_sip.errors import SIPError
-from megatron_sip.objectives import ObjectiveConfig
+from megatron_sip.objectives import ReferenceOptions
 from megatron_sip.types import RowBatch, StepResult, TrainPass
 
 POLICY, REFERENCE = "policy", "reference"
@@ -34,7 +34,7 @@ class Engine:
         self,
         chunks: Sequence[Any],
         config: EngineConfig,
-        objective_config: ObjectiveConfig,
+        objective_config: ReferenceOptions,
         context: ParallelContext,
         train_iters: int,
     ) -> None:

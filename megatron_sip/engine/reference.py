@@ -1,4 +1,4 @@
-"""The reference policy of DPO: a second set of weights for the same chunks, swapped in to score."""
+"""The reference policy of DPO and GRPO: a second set of weights for the same chunks, swapped in to score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_sip.objectives import ObjectiveConfig
+from megatron_sip.objectives import ReferenceOptions
 
 
 class ReferencePolicy:
@@ -21,7 +21,7 @@ class ReferencePolicy:
     moving average is kept in float32, as bfloat16 would round its small changes away.
     """
 
-    def __init__(self, config: ObjectiveConfig, chunks: Sequence[torch.nn.Module], device: torch.device) -> None:
+    def __init__(self, config: ReferenceOptions, chunks: Sequence[torch.nn.Module], device: torch.device) -> None:
         self._config = config
         self._chunks = list(chunks)
         self._parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]

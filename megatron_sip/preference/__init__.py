@@ -1,5 +1,12 @@
 """Judgments -> preferences -> micro-batches of shared-prefix rows, and their statistics."""
 
+from megatron_sip.preference.advantages import (
+    GroupAdvantages,
+    group_advantages,
+    reward_metrics,
+    reward_sums,
+    without_missing,
+)
 from megatron_sip.preference.config import PreferenceConfig
 from megatron_sip.preference.rows import (
     Row,
@@ -14,15 +21,20 @@ from megatron_sip.preference.select import select
 from megatron_sip.preference.stats import preference_metrics, preference_sums
 
 __all__ = [
+    "GroupAdvantages",
     "PreferenceConfig",
     "Row",
     "RowShape",
     "build_rows",
     "candidate_rows",
     "chosen_rows",
+    "group_advantages",
     "group_rows",
     "pair_rows",
     "preference_metrics",
     "preference_sums",
+    "reward_metrics",
+    "reward_sums",
     "select",
+    "without_missing",
 ]
