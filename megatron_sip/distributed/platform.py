@@ -33,6 +33,7 @@ def install_cpu_platform() -> bool:
     # In this order: megatron.core imports torch.compile's tables, which list the CUDA functions as they are by then.
     _replace_random_state_functions()
     _replace_cuda_functions()
+    _replace_linear_layers()
     # Never left again: Megatron's layers ask for device="cuda" for as long as the process lives.
     _CudaArgumentsOnCpu().__enter__()
     return True
@@ -174,6 +175,15 @@ def _replace_cuda_functions() -> None:
         setattr(torch.cuda, name, stand_in)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         setattr(torch.cuda.random, name, stand_ins[name])
+
+
+def _replace_linear_layers() -> None:
+    # Megatron's multiplies through torch.matmul: MKL in float32, which is slow on AMD processors.
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_sip.distributed.cpu_linear import linear_for_megatron
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = linear_for_megatron
 
 
 def _replace_random_state_functions() -> None:

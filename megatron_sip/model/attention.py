@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sip.model.flash import attend, attend_backward
 from megatron_sip.types import AttentionPlan, RowLayout
 
 
 class PlannedAttention(torch.nn.Module):
     """The core-attention module of every layer: hands queries, keys and values to the forward pass's plan.
 
-    The plan arrives as the argument that Megatron calls ``attention_bias``, which passes through all layers untouched.
-    So it belongs to one forward pass, and survives recomputation with several micro-batches in flight.
+    The plan arrives as the argument that Megatron calls ``attention_bias`` (``layers.py``).
     """
 
     def __init__(
@@ -55,79 +55,103 @@ class CausalPlan:
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See ``AttentionPlan``."""
-        return _merge_heads(_attend(*map(_heads_first, (query, key, value))))
+        query, key, value = map(_heads_first, (query, key, value))
+        shared = query.shape[1] != key.shape[1]
+        return _merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared))
 
 
 class SharedPrefixPlan:
     """Rows of ``[prefix | candidate 1 | ... | candidate C]``: equal to C separate sequences of prefix and candidate.
 
-    The prefix block is attended causally once. Then each candidate attends to its row's prefix, as far as that is real,
-    and causally to itself. No mask is larger than [B * C, 1, T, P + T].
+    The prefix is attended causally once. All candidates of a row attend to its prefix, as far as that is real, in one
+    call without a mask and without a copy of its keys, and each causally to itself in another; both are put together
+    by their denominators (``flash.py``).
 
     Args:
         layout: widths of the blocks.
-        prefix_lengths: int64 [B], each in 1..P.
+        prefix_lengths: int64 [B], each in 1..P, best on the host: they are read here.
     """
 
     def __init__(self, layout: RowLayout, prefix_lengths: torch.Tensor) -> None:
         self.layout = layout
-        self.mask = _candidate_mask(layout, prefix_lengths) if layout.num_candidates else None
+        self.prefix_lengths: list[int] = prefix_lengths.tolist()
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See ``AttentionPlan``."""
-        width = self.layout.prefix_block
-        queries, keys, values = map(_heads_first, (query, key, value))  # [b, h or g, s, d]
-        # A prefix is padded at the right, so that causality keeps its padding out.
-        prefix = _attend(queries[:, :, :width], keys[:, :, :width], values[:, :, :width])
-        if self.mask is None:
-            return _merge_heads(prefix)
-        candidates = _attend(
-            self._candidates(queries[:, :, width:]),
-            torch.cat((self._for_each_candidate(keys[:, :, :width]), self._candidates(keys[:, :, width:])), dim=2),
-            torch.cat((self._for_each_candidate(values[:, :, :width]), self._candidates(values[:, :, width:])), dim=2),
-            self.mask,
+        if not self.layout.num_candidates:
+            return CausalPlan().attend(layer, query, key, value)
+        result: torch.Tensor = _SharedPrefixAttention.apply(query, key, value, self.layout, self.prefix_lengths)
+        return result.flatten(2)
+
+
+class _SharedPrefixAttention(torch.autograd.Function):
+    """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h, d].
+
+    A prefix block is padded at the right, so that causality keeps its padding out of what is real.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, lengths: list[int]
+    ) -> torch.Tensor:
+        width = layout.prefix_block
+        output = query.new_empty(query.shape)
+        queries, keys, values, outputs = map(_heads_first, (query, key, value, output))
+        of_prefix, prefix_log_sum = attend(queries[:, :, :width], keys[:, :, :width], values[:, :, :width], causal=True)
+        outputs[:, :, :width] = of_prefix
+        own, own_log_sum = attend(*(_blocks(x, layout) for x in (query, key, value)), causal=True)
+        own = own.unflatten(0, (-1, layout.num_candidates)).transpose(1, 2).flatten(2, 3)  # [b, h, C * T, d]
+        own_log_sum = own_log_sum.unflatten(0, (-1, layout.num_candidates)).transpose(1, 2).flatten(2)
+        log_sums = []
+        for row, length in enumerate(lengths):
+            one = slice(row, row + 1)
+            shared, log_sum = attend(
+                queries[one, :, width:], keys[one, :, :length], values[one, :, :length], causal=False
+            )
+            share = (own_log_sum[one] - log_sum).sigmoid().unsqueeze(-1)  # of a candidate's own keys in the whole
+            outputs[one, :, width:] = torch.lerp(shared.float(), own[one].float(), share)
+            log_sums.append(torch.logaddexp(own_log_sum[one], log_sum))
+        ctx.layout, ctx.lengths = layout, lengths
+        ctx.save_for_backward(query, key, value, output, prefix_log_sum, torch.cat(log_sums))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, prefix_log_sum, log_sums = ctx.saved_tensors
+        layout, grad = ctx.layout, grad_outputs[0]
+        width, count = layout.prefix_block, layout.num_candidates
+        queries, keys, values, outputs, grads = map(_heads_first, (query, key, value, output, grad))
+        results = tuple(x.new_empty(x.shape) for x in (query, key, value))
+        grad_queries, grad_keys, grad_values = map(_heads_first, results)
+
+        block_log_sums = log_sums.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)  # [b * C, h, T]
+        of_blocks = attend_backward(
+            *(_blocks(x, layout) for x in (grad, query, key, value, output)), block_log_sums, causal=True
         )
-        return _merge_heads(torch.cat((prefix, self._row(candidates)), dim=2))
-
-    def _candidates(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, h, C * T, d] -> [b * C, h, T, d]."""
-        rows, heads, _, channels = x.shape
-        count, block = self.layout.num_candidates, self.layout.candidate_block
-        split = x.reshape(rows, heads, count, block, channels).transpose(1, 2)
-        return split.reshape(rows * count, heads, block, channels)
-
-    def _for_each_candidate(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, g, P, d] -> [b * C, g, P, d], the same for every candidate of a row."""
-        return x.repeat_interleave(self.layout.num_candidates, dim=0)
-
-    def _row(self, x: torch.Tensor) -> torch.Tensor:
-        """[b * C, h, T, d] -> [b, h, C * T, d]."""
-        _, heads, block, channels = x.shape
-        count = self.layout.num_candidates
-        split = x.reshape(-1, count, heads, block, channels).transpose(1, 2)
-        return split.reshape(-1, heads, count * block, channels)
-
-
-def _candidate_mask(layout: RowLayout, prefix_lengths: torch.Tensor) -> torch.Tensor:
-    """Which of prefix and own block a candidate's token attends to: bool [B * C, 1, T, P + T]."""
-    device, block, rows = prefix_lengths.device, layout.candidate_block, prefix_lengths.shape[0]
-    real = torch.arange(layout.prefix_block, device=device) < prefix_lengths[:, None]  # [B, P]
-    causal = torch.ones(block, block, dtype=torch.bool, device=device).tril()
-    mask = torch.cat((real[:, None].expand(rows, block, -1), causal.expand(rows, block, block)), dim=2)
-    return mask.repeat_interleave(layout.num_candidates, dim=0).unsqueeze(1)
+        for result, part in zip((grad_queries, grad_keys, grad_values), of_blocks, strict=True):
+            result[:, :, width:] = part.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
+        first = slice(None, width)
+        of_prefix = attend_backward(
+            *(x[:, :, first] for x in (grads, queries, keys, values, outputs)), prefix_log_sum, causal=True
+        )
+        for result, part in zip((grad_queries, grad_keys, grad_values), of_prefix, strict=True):
+            result[:, :, first] = part
+        for row, length in enumerate(ctx.lengths):
+            one = slice(row, row + 1)
+            of_queries, of_keys, of_values = attend_backward(
+                grads[one, :, width:], queries[one, :, width:], keys[one, :, :length], values[one, :, :length],
+                outputs[one, :, width:], log_sums[one], causal=False,
+            )  # fmt: skip
+            grad_queries[one, :, width:] += of_queries
+            grad_keys[one, :, :length] += of_keys
+            grad_values[one, :, :length] += of_values
+        return *results, None, None
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[b, h, q, d], [b, g, k, d], [b, g, k, d] -> [b, h, q, d]; causal without a mask."""
-    if mask is not None and query.is_cuda and query.shape[1] != key.shape[1]:
-        # On CUDA the one fused kernel that takes a mask does not share key-value heads.
-        shared = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
-    )
+def _blocks(x: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """The candidates' part of [s, b, n, d] as rows of their own, [b * C, n, T, d]; a view where b is 1."""
+    split = x[layout.prefix_block :].unflatten(0, (layout.num_candidates, -1))  # [C, T, b, n, d]
+    return split.permute(2, 0, 3, 1, 4).flatten(0, 1)
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

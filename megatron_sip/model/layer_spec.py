@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.model.attention import PlannedAttention
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as Megatron builds norms.
-
-    Megatron's wrapper of it refuses sequence parallelism, for want of this mark: with it the gradients of the weights
-    are summed over the tensor-parallel ranks, each of which sees a part of the sequence.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (not an attribute of its type)
+from megatron_sip.model.layers import GatedMLP, PlannedSelfAttention, RMSNorm
 
 
 def transformer_engine_is_installed() -> bool:
@@ -64,8 +54,17 @@ def block_submodules(
         layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         _use_our_norm(layer, config.qk_layernorm)
         final_norm = RMSNorm
+    layer.submodules.self_attention.module = PlannedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = PlannedAttention
+    _use_our_mlp(layer)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+
+
+def _use_our_mlp(layer: ModuleSpec) -> None:
+    if isinstance(layer.submodules.mlp, ModuleSpec):
+        layer.submodules.mlp.module = GatedMLP
+    else:  # 0.19: a partial of the class's own builder
+        layer.submodules.mlp = partial(GatedMLP.as_mlp_submodule, **layer.submodules.mlp.keywords)
 
 
 def _use_our_norm(layer: ModuleSpec, qk_layernorm: bool) -> None:

@@ -16,10 +16,11 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sip.model.layers import PassInputs
 from megatron_sip.model.logprobs import mask_padded_vocabulary, vocab_parallel_log_probs
 from megatron_sip.model.outputs import ModelOutput, NextLogits
 from megatron_sip.model.presets import Architecture
-from megatron_sip.model.rope import inverse_frequencies, rotary_angles
+from megatron_sip.model.rope import inverse_frequencies, rotation_of
 from megatron_sip.types import AttentionPlan
 
 
@@ -96,11 +97,11 @@ class PolicyModel(GPTModel):
                 "pad the prefix block, or use without_sequence_parallel() to generate"
             )
         hidden = self.embedding(input_ids=tokens, position_ids=positions) if self.pre_process else None
+        rotation = rotation_of(positions, self.rotary_frequencies, self.config.params_dtype)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(positions, self.rotary_frequencies),
-            attention_bias=plan,
+            attention_bias=PassInputs(plan, rotation),
         )
         if not self.post_process:
             return hidden

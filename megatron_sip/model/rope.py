@@ -6,6 +6,7 @@ Megatron-Core's own module takes only a sequence length and ignores position ids
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -31,7 +32,17 @@ def _stretch(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
-def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Angles as Megatron's unfused kernel takes them: positions [b, s] -> float32 [s, b, 1, d]."""
-    angles = positions.t().to(torch.float32)[..., None] * frequencies
-    return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+@dataclass(frozen=True)
+class Rotation:
+    """What all layers of a pass turn queries and keys by, computed once per pass."""
+
+    cosines: torch.Tensor
+    """[s, b, 1, d / 2], in the model's precision."""
+    sines: torch.Tensor
+    """[s, b, 1, d / 2]."""
+
+
+def rotation_of(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> Rotation:
+    """Positions int64 [b, s], frequencies float32 [d / 2]; angles are float32."""
+    angles = (positions.t().to(torch.float32)[..., None] * frequencies).unsqueeze(2)
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))

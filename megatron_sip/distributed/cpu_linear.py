@@ -1,0 +1,71 @@
+"""Matrix products on CPU through oneDNN, and Megatron-Core's linear layers made of them.
+
+torch multiplies float32 matrices on CPU through MKL, which on AMD processors leaves the AVX-512 units idle: on the
+machine of docs/results/performance.md oneDNN is 2.0 to 2.9 times as fast, in the same precision. bfloat16 goes through
+oneDNN anyway.
+
+    n rows (positions), i inputs, o outputs of a linear layer
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """inputs [..., i] times weight [o, i] transposed (+ bias [o]) -> [..., o], on any device; both may be transposed
+    views. Not differentiable where it takes oneDNN: for use inside autograd functions and without gradients."""
+    if _HAS_ONEDNN and inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return result
+    return F.linear(inputs, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.has_bias = bias is not None
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        grad = grad_outputs[0]
+        rows = grad.flatten(0, -2)  # [n, o]
+        grad_inputs = linear(grad, weight.t())
+        grad_weight = linear(rows.t(), inputs.flatten(0, -2).t())
+        return grad_inputs, grad_weight, rows.sum(dim=0) if ctx.has_bias else None
+
+
+def linear_for_megatron(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    grad_output_buffer: list[torch.Tensor] | None = None,
+    wgrad_deferral_limit: int | None = 0,
+    tp_group: dist.ProcessGroup | None = None,
+    **unused: object,
+) -> torch.Tensor:
+    """Stand-in for ``linear_with_grad_accumulation_and_async_allreduce``, which has nothing to overlap on a CPU.
+
+    The gathered sequence is kept for the backward pass, where Megatron's gathers it again.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    assert not gradient_accumulation_fusion and grad_output_buffer is None, "these need a GPU's kernels"
+    if sequence_parallel:
+        input = mappings.gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+    elif allreduce_dgrad:
+        input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
+    result: torch.Tensor = _Linear.apply(input, weight, bias)
+    return result
