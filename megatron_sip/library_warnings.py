@@ -34,6 +34,8 @@ _CUDA_ADVICE: tuple[tuple[type[Warning], str], ...] = (
 _LOGGED: dict[str, str] = {
     # 0.19 on: there is no successor that has what SIP needs of GPTModel.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # 0.16: of classes derived from its MLP, as ours is (model/layers.py).
+    "megatron.core.transformer.transformer_layer": "Unknown MLP type",
     # 0.19: it then computes the layout itself, as 0.16 does.
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     # 0.19: only the plan of the save is Megatron-Core's (checkpoint/writing.py).

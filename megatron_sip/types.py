@@ -177,6 +177,11 @@ class Objective(Protocol):
         """Whether it reads ``RowBatch.reference_log_probs``."""
         ...
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether ``loss_sum`` is linear in the log-probs: its gradient is then known before the forward pass."""
+        ...
+
     def units(self, batch: RowBatch) -> float:
         """Number of valid units (tokens, or pairs) in a micro-batch, known before its forward pass."""
         ...

@@ -2,6 +2,7 @@
 
 from megatron_sip.distributed.config import ParallelConfig
 from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
+from megatron_sip.distributed.cpu_linear import linear
 from megatron_sip.distributed.device import (
     communication_backend,
     device_memory_bytes,
@@ -21,6 +22,7 @@ __all__ = [
     "device_memory_bytes",
     "initialize",
     "install_cpu_platform",
+    "linear",
     "memory_metrics",
     "pin",
     "release_cached_memory",

@@ -22,6 +22,12 @@ T = TypeVar("T")
 Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Loss = Callable[[torch.Tensor, RowBatch], tuple[torch.Tensor, T]]
 """log_probs [B, L] and their batch -> scalar that is differentiated, and what the call returns for the micro-batch."""
+Gradient = Callable[[RowBatch], torch.Tensor | None]
+"""Batch -> float32 [B, L], the scalar's gradient in the log-probs if it does not depend on them, else None."""
+
+
+def _unknown(batch: RowBatch) -> None:
+    return None
 
 
 class PassRunner:
@@ -33,8 +39,12 @@ class PassRunner:
         virtual_stages = len(self._chunks) if len(self._chunks) > 1 else None
         self._schedule = get_forward_backward_func(pp_size=context.pp_size, vp_size=virtual_stages)
 
-    def run(self, batches: Sequence[RowBatch], loss: Loss[T], forward_only: bool = False) -> list[T]:
+    def run(
+        self, batches: Sequence[RowBatch], loss: Loss[T], gradient: Gradient = _unknown, forward_only: bool = False
+    ) -> list[T]:
         """What ``loss`` returned for each micro-batch, in order; empty on stages other than the last.
+
+        ``gradient``: the loss's gradient in the log-probs, where it is known before them.
 
         Raises:
             ValueError: no micro-batch, or micro-batches of several shapes.
@@ -42,7 +52,7 @@ class PassRunner:
         shape = _common_shape(batches)
         moved = [to_device(batch, self._context.device) for batch in self._filled(batches)]
         results = self._schedule(
-            forward_step_func=partial(_forward_step, loss),
+            forward_step_func=partial(_forward_step, loss, gradient),
             data_iterator=[iter(moved) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(moved),
@@ -59,7 +69,13 @@ class PassRunner:
             terms = objective(log_probs, batch)
             return terms.loss_sum * scale, dict(terms.metrics)
 
-        return self.run(batches, loss)
+        def gradient(batch: RowBatch) -> torch.Tensor:
+            # That of a linear loss is the same everywhere: also at 0.
+            anywhere = torch.zeros_like(batch.mask, requires_grad=True)
+            with torch.enable_grad():
+                return torch.autograd.grad(loss(anywhere, batch)[0], anywhere)[0]
+
+        return self.run(batches, loss, gradient if objective.is_linear else _unknown)
 
     def evaluate(self, batches: Sequence[RowBatch], objective: Objective) -> list[Metrics]:
         """Forward only, the chunks in evaluation mode."""
@@ -116,8 +132,8 @@ class PassRunner:
 
 
 def to_device(batch: RowBatch, device: torch.device) -> RowBatch:
-    """The batch with its tensors on ``device``."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    """The batch with its tensors on ``device``; the prefix lengths stay on the host, where attention reads them."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "prefix_lengths"}
     moved: dict[str, Any] = {
         name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, torch.Tensor)
     }
@@ -131,9 +147,12 @@ def plan_of(batch: RowBatch) -> AttentionPlan:
     return SharedPrefixPlan(batch.layout, batch.prefix_lengths)
 
 
-def _forward_step(loss: Loss[T], batches: Iterator[RowBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward_step(
+    loss: Loss[T], gradient: Gradient, batches: Iterator[RowBatch], chunk: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    output = chunk(batch.tokens, batch.positions, plan_of(batch), ScoreTargets(batch.targets, batch.sources))
+    asked = ScoreTargets(batch.targets, batch.sources, gradient(batch))
+    output = chunk(batch.tokens, batch.positions, plan_of(batch), asked)
     return output, partial(_three_values, loss, batch)
 
 

@@ -15,6 +15,9 @@ class ScoreTargets:
     """int64 [B, L]: the tokens to score."""
     sources: torch.Tensor
     """int64 [B, L]: index in the row of the hidden state that predicts each."""
+    gradient: torch.Tensor | None = None
+    """float32 [B, L]: the loss's gradient in the log-probs, if it is known before them (a loss that is linear in them).
+    The output layer's backward pass then happens within its forward pass."""
 
 
 @dataclass(frozen=True)

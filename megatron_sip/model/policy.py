@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sip.model.layers import PassInputs
-from megatron_sip.model.logprobs import mask_padded_vocabulary, vocab_parallel_log_probs
-from megatron_sip.model.outputs import ModelOutput, NextLogits
+from megatron_sip.model.logprobs import mask_padded_vocabulary
+from megatron_sip.model.output_layer import target_log_probs
+from megatron_sip.model.outputs import ModelOutput, NextLogits, ScoreTargets
 from megatron_sip.model.presets import Architecture
 from megatron_sip.model.rope import inverse_frequencies, rotation_of
 from megatron_sip.types import AttentionPlan
@@ -107,12 +108,12 @@ class PolicyModel(GPTModel):
             return hidden
         if output is None:
             raise ValueError("the last stage needs an output: ScoreTargets or NextLogits")
-        logits = self._logits(self._scored_hidden(hidden, output.sources))
+        scored = self._scored_hidden(hidden, output.sources)
         if isinstance(output, NextLogits):
+            logits = self._logits(scored)
             masked = mask_padded_vocabulary(logits.float(), self.num_tokens, self.pg_collection.tp.rank())
             return masked.transpose(0, 1)
-        log_probs = vocab_parallel_log_probs(logits, output.targets.t(), self.num_tokens, self.pg_collection.tp)
-        return log_probs.t()
+        return self._log_probs(scored, output)
 
     def _scored_hidden(self, hidden: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """[S or S / tp, B, H] and sources [B, L] -> [L, B, H], so that only these pass through the output layer."""
@@ -122,6 +123,17 @@ class PolicyModel(GPTModel):
             )
         rows = torch.arange(hidden.shape[1], device=hidden.device)
         return hidden[sources.t(), rows]
+
+    def _log_probs(self, hidden: torch.Tensor, output: ScoreTargets) -> torch.Tensor:
+        """[L, B, H] -> float32 [B, L]."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        gradient = None if output.gradient is None else output.gradient.t().flatten()
+        log_probs = target_log_probs(
+            hidden.flatten(0, 1), weight, output.targets.t().flatten(), self.num_tokens, self.pg_collection.tp,
+            gradient, tied=tied and self.pre_process,
+        )  # fmt: skip
+        return log_probs.view(hidden.shape[:2]).t()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[L, B, H] -> [L, B, V / tp], in the model's precision."""

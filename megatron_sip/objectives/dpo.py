@@ -36,6 +36,7 @@ class OnlineDPO:
     nll_weight: float = 0.0
     needs_reference: bool = True
     """False is the reference-free variant."""
+    is_linear: bool = False
 
     def units(self, batch: RowBatch) -> float:
         """Pairs that teach something."""

@@ -36,6 +36,7 @@ class GRPO:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.0
+    is_linear: bool = False
 
     @property
     def needs_reference(self) -> bool:

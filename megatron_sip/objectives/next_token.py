@@ -23,6 +23,7 @@ class NextToken:
     metric: str = "lm loss"
     """Megatron's name for it; validation logs the same objective as ``lm loss validation``."""
     needs_reference: bool = False
+    is_linear: bool = True
 
     def units(self, batch: RowBatch) -> float:
         """Valid tokens of the rows that teach something."""

@@ -26,6 +26,7 @@ class SuffixNLL:
     name: str = "suffix"
     """The stream it trains: metrics are logged as ``loss/<name>``."""
     needs_reference: bool = False
+    is_linear: bool = True
 
     def units(self, batch: RowBatch) -> float:
         """Valid tokens of the rows that teach something."""
