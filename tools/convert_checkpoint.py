@@ -13,18 +13,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.checkpoint.huggingface.convert import (
-    CARRIED_DIRECTORY,
-    DTYPES,
-    RECIPE,
-    recipe,
-    to_hugging_face,
-    to_megatron,
-)
+from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
 from megatron_sip.errors import SIPError
+
+if TYPE_CHECKING:
+    from megatron_sip.checkpoint.huggingface.convert import Check, Converted
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -40,7 +37,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("source", type=Path, help=source)
         command.add_argument("output", type=Path, help="new directory")
-        command.add_argument("--dtype", choices=tuple(DTYPES), default="keep", help="type of the weights [keep]")
+        add_dtype_option(command)
         command.add_argument(
             "--verify", nargs="?", type=Path, const=README, metavar="FILE",
             help="compare logits on a text, by default this project's README, before the output gets its name; holds "
@@ -49,6 +46,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if name == "to-hf":
             add_export_options(command)
     return parser.parse_args(argv)
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """That of all conversions."""
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="keep", help="type of the weights [keep]")
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +68,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 def convert(options: argparse.Namespace) -> None:
     """Runs the command and prints what to do with its output."""
     if options.command == "to-megatron":
+        from megatron_sip.checkpoint.huggingface.convert import recipe, to_megatron
+
         check = None if options.verify is None else lambda partial: compare(options.source, partial, options.verify)
         converted = to_megatron(options.source, options.output, options.dtype, check)
         print(f"# wrote {options.output}; the same is in {RECIPE} there:\n{recipe(converted)}", end="")
@@ -73,8 +77,16 @@ def convert(options: argparse.Namespace) -> None:
     check = None
     if options.verify is not None:
         check = lambda partial: compare(partial, options.source, options.verify, options.step)  # noqa: E731
-    to_hugging_face(
-        options.source,
+    export(options.source, options, check)
+    print(f"wrote {options.output}")
+
+
+def export(source: Path, options: argparse.Namespace, check: Check | None = None) -> Converted:
+    """A checkpoint to transformers' format, as the options of ``add_export_options`` say. Raises SIPError."""
+    from megatron_sip.checkpoint.huggingface.convert import to_hugging_face
+
+    return to_hugging_face(
+        source,
         options.output,
         step=options.step,
         like=options.like,
@@ -83,7 +95,6 @@ def convert(options: argparse.Namespace) -> None:
         max_shard_bytes=int(options.max_shard_gib * 2**30),
         check=check,
     )
-    print(f"wrote {options.output}")
 
 
 def compare(model: Path, checkpoint: Path, text: Path, step: int | None = None) -> None:

@@ -13,30 +13,21 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.checkpoint import CheckpointConfig, CheckpointManager
 from megatron_sip.config import load
-from megatron_sip.data.build import SUFFIX, build_loader
-from megatron_sip.distributed import ParallelContext, initialize
-from megatron_sip.errors import ConfigurationError, DataError, SIPError
-from megatron_sip.evaluation import Evaluation, EvaluationConfig, evaluate, generate_all, render_table
-from megatron_sip.evaluation.compare import Continuations
-from megatron_sip.evaluation.paired import Judge
+from megatron_sip.errors import ConfigurationError, SIPError
+from megatron_sip.evaluation.config import EvaluationConfig
 from megatron_sip.observability.jsonl import finite
-from megatron_sip.observability.progress import Progress
-from megatron_sip.observability.timers import Timers
-from megatron_sip.teacher import TeacherProcess
-from megatron_sip.train.build import Policy, build_policy
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
-from megatron_sip.train.teacher_link import TeacherLink
-from megatron_sip.types import CandidateGroup, Judgment, Sample
+
+if TYPE_CHECKING:
+    from megatron_sip.evaluation import Evaluation
 
 _TYPES: Mapping[str, Callable[[str], Any]] = {
     "checkpoint_step": int,
@@ -73,96 +64,10 @@ def parse(argv: Sequence[str]) -> tuple[EvaluationConfig, TrainConfig]:
     return options, config
 
 
-def load_weights(policy: Policy, directory: str, step: int | None, context: ParallelContext) -> int:
-    """Puts the weights of a checkpoint into the policy; returns the step it was saved at."""
-    config = CheckpointConfig(load=directory, ckpt_step=step, finetune=True)
-    names = ["model"] if len(policy.chunks) == 1 else [f"model{index}" for index in range(len(policy.chunks))]
-
-    def build_state(*, is_loading: bool, with_optimizer: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        chunks = zip(names, policy.chunks, strict=True)
-        return {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in chunks}
-
-    loaded = CheckpointManager(config, context, policy.identity).load(build_state)
-    assert loaded is not None
-    for name, chunk in zip(names, policy.chunks, strict=True):
-        chunk.load_state_dict(loaded.state[name], strict=True)
-    return loaded.step
-
-
-@contextmanager
-def open_judges(
-    options: EvaluationConfig, config: TrainConfig, policy: Policy, context: ParallelContext
-) -> Iterator[dict[str, Judge]]:
-    """The training's judge and, if given, the second, by the names of their models. Neither learns here."""
-    models = [options.judge or config.teacher.judge_model]
-    if options.second_judge is not None:
-        models.append(options.second_judge)
-    with ExitStack() as stack:
-        judges: dict[str, Judge] = {}
-        for number, model in enumerate(models, start=1):
-            teacher = dataclasses.replace(config.teacher, judge_model=model)
-            link = TeacherLink(
-                TeacherProcess(teacher, {"tokenizer_fingerprint": policy.tokenizer.fingerprint})
-                if context.is_leader
-                else None,
-                policy.tokenizer,
-                context,
-                Timers(),
-                config.data.suffix_length,
-                teacher.judge_timeout_s,
-            )
-            stack.callback(link.close)
-            judges[f"{number}: {Path(model).stem or 'judge'}"] = ask(link)
-        yield judges
-
-
-def ask(link: TeacherLink) -> Judge:
-    """A judge that leaves its running statistics as they are."""
-
-    def judge(groups: Sequence[CandidateGroup]) -> Sequence[Judgment]:
-        return link.collect_groups(link.submit_groups(groups, learn=False)).judgments
-
-    return judge
-
-
-def take_samples(
-    options: EvaluationConfig, config: TrainConfig, policy: Policy, context: ParallelContext
-) -> list[Sample]:
-    """This replica's part of the prefixes."""
-    seed = config.training.seed
-    loader = build_loader(config.data, config.data.test_data_path, policy.tokenizer, seed, names=(SUFFIX,))
-    samples: list[Sample] = loader.take(SUFFIX, options.num_prefixes, context.dp_rank, context.dp_size)
-    if loader.epoch(SUFFIX) > 1.0:
-        available = int(options.num_prefixes / loader.epoch(SUFFIX))
-        raise DataError(f"--num-prefixes {options.num_prefixes}: the test corpus has {available}, so give at most that")
-    return samples
-
-
-def run(options: EvaluationConfig, config: TrainConfig, context: ParallelContext) -> Evaluation:
-    """Generates with one policy, then with the other in the same model, then judges."""
-    policy = build_policy(config, context)
-    samples = take_samples(options, config, policy, context)
-    decodings = options.decodings(config.data.suffix_length, config.training.seed)
-
-    def continuations(directory: str, step: int | None) -> dict[str, Continuations]:
-        load_weights(policy, directory, step, context)
-        progress = Progress(f"continue with {directory}", len(samples) * len(decodings), "continuations")
-        advance = progress.advance if context.rank == 0 else _say_nothing
-        return generate_all(policy.rollouts, samples, decodings, advance)
-
-    # The judges first: one that cannot be loaded is found before the long work.
-    with open_judges(options, config, policy, context) as judges:
-        ours = continuations(options.checkpoint, options.checkpoint_step)
-        theirs = continuations(options.baseline, options.baseline_step)
-        return evaluate(samples, ours, theirs, judges, context, options.confidence, config.training.seed)
-
-
-def _say_nothing(count: int) -> None:
-    """Progress of the ranks that print none."""
-
-
 def report(evaluation: Evaluation, options: EvaluationConfig, config: TrainConfig) -> None:
     """Prints the table and writes the JSON file."""
+    from megatron_sip.evaluation import render_table
+
     print(f"\npolicy   {options.checkpoint}\nbaseline {options.baseline}\n\n{render_table(evaluation)}")
     if options.output is not None:
         content = {"options": dataclasses.asdict(options), "seed": config.training.seed, **evaluation.as_dict()}
@@ -180,9 +85,13 @@ def main(argv: Sequence[str]) -> int:
     except SIPError as error:
         say_once_per_node(error)
         return 2
+    # Here, so that --help needs no torch.
+    from megatron_sip.distributed import initialize
+    from megatron_sip.train.comparison import compare_policies
+
     with failures_end_the_job():
         context = initialize(config.parallel, config.training.seed)
-        evaluation = run(options, config, context)
+        evaluation = compare_policies(options, config, context)
         if context.rank == 0:
             report(evaluation, options, config)
         context.shutdown()

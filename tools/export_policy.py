@@ -13,12 +13,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.checkpoint.huggingface.convert import DTYPES, Converted, to_hugging_face
 from megatron_sip.errors import SIPError
-from tools.convert_checkpoint import add_export_options
+from tools.convert_checkpoint import add_dtype_option, add_export_options, export
+
+if TYPE_CHECKING:
+    from megatron_sip.checkpoint.huggingface.convert import Converted
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -26,7 +29,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="what --save was, or one iter_* directory")
     parser.add_argument("output", type=Path, help="new directory")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="keep", help="type of the weights [keep]")
+    add_dtype_option(parser)
     add_export_options(parser)
     parser.add_argument("--served-model-name", help="name that clients ask for [the output's]")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of the server [1]")
@@ -52,15 +55,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     options = parse(argv)
     try:
-        converted = to_hugging_face(
-            options.checkpoint,
-            options.output,
-            step=options.step,
-            like=options.like,
-            dtype=options.dtype,
-            vocab_rows=options.vocab_rows,
-            max_shard_bytes=int(options.max_shard_gib * 2**30),
-        )
+        converted = export(options.checkpoint, options)
     except SIPError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.checkpoint.inspection import describe
 from megatron_sip.errors import SIPError
 
 
@@ -19,6 +18,9 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="step to look at; the latest by default")
     parser.add_argument("--optimizer", action="store_true", help="list the optimizer's tensors too")
     arguments = parser.parse_args()
+
+    from megatron_sip.checkpoint.inspection import describe  # here, so that --help needs no torch
+
     try:
         print(describe(arguments.directory, arguments.step, arguments.optimizer))
     except SIPError as error:

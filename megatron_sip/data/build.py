@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_sip.data.config import DataConfig, parse_blend
@@ -68,7 +69,25 @@ def build_loader(
         streams[NEXT_TOKEN] = _stream(corpora, weights, windows, mix(order_seed, 0))
     if SUFFIX in names:
         streams[SUFFIX] = _stream(corpora, weights, suffixes, mix(order_seed, 1))
-    return SampleLoader(streams)
+    return SampleLoader(streams, _settings(config, corpora, weights, order_seed))
+
+
+def _settings(
+    config: DataConfig, corpora: Sequence[IndexedCorpus], weights: Sequence[float] | None, order_seed: int
+) -> dict[str, str]:
+    """Flag -> value of whatever decides which samples come in which order. A corpus may move: its name and size."""
+    described = [f"{Path(c.prefix).name} ({c.num_documents:,} documents, {c.num_tokens:,} tokens)" for c in corpora]
+    if weights is not None:
+        described = [f"{weight:g} {corpus}" for weight, corpus in zip(weights, described, strict=True)]
+    return {
+        "--data-path": " + ".join(described),
+        "--seq-length": str(config.seq_length),
+        "--suffix-length": str(config.suffix_length),
+        "--min-prefix-length": str(config.min_prefix_length),
+        "--min-suffix-length": str(config.min_suffix_length or config.suffix_length),
+        "--sample-cut": config.sample_cut,
+        "the seed (--data-seed, else --seed)": str(order_seed),
+    }
 
 
 def _stream(

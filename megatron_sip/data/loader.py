@@ -16,8 +16,10 @@ class SampleLoader:
     calls ``take`` with the same global counts.
     """
 
-    def __init__(self, streams: Mapping[str, Stream[Any]]) -> None:
+    def __init__(self, streams: Mapping[str, Stream[Any]], settings: Mapping[str, str] | None = None) -> None:
+        """``settings``: flag -> value of whatever the streams' orders depend on, to name what differs at a resume."""
         self._streams = dict(streams)
+        self._settings = dict(settings or {})
         self._consumed = dict.fromkeys(self._streams, 0)
 
     @property
@@ -57,6 +59,7 @@ class SampleLoader:
         return {
             "consumed": dict(self._consumed),
             "identity": {name: stream.identity for name, stream in self._streams.items()},
+            "settings": dict(self._settings),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -71,7 +74,19 @@ class SampleLoader:
             # A stream that the curriculum has only now begins at its first sample.
             if name in state["identity"] and int(state["identity"][name]) != stream.identity:
                 raise DataError(
-                    f"data stream {name!r} is not the one of the checkpoint: corpora, weights, seed, --seq-length or "
-                    "--suffix-length differ; resume with the same, or use --finetune to start the data anew"
+                    f"data stream {name!r} is not the one of the checkpoint: {self._difference(state)}; resume with "
+                    "the same, or use --finetune to start the data anew"
                 )
         self._consumed = {name: int(state["consumed"].get(name, 0)) for name in self._streams}
+
+    def _difference(self, state: Mapping[str, Any]) -> str:
+        """Each setting that is not as it was, with both values."""
+        before = state.get("settings", {})
+        changed = [
+            f"{flag} is {self._settings.get(flag, 'absent')} and was {before.get(flag, 'absent')}"
+            for flag in dict.fromkeys([*self._settings, *before])
+            if self._settings.get(flag) != before.get(flag)
+        ]
+        if not before or not changed:
+            return "corpora, weights, seed, --seq-length or --suffix-length differ"
+        return ", ".join(changed)

@@ -1,6 +1,9 @@
 """Process groups, devices and the CPU platform."""
 
+from typing import TYPE_CHECKING
+
 from megatron_sip.distributed.config import ParallelConfig
+<<<<<<< HEAD
 from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
 from megatron_sip.distributed.cpu_linear import linear
 from megatron_sip.distributed.device import (
@@ -13,6 +16,30 @@ from megatron_sip.distributed.device import (
     synchronize,
 )
 from megatron_sip.distributed.platform import install_cpu_platform
+=======
+from megatron_sip.lazy import imported_when_asked_for
+
+if TYPE_CHECKING:
+    from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
+    from megatron_sip.distributed.device import (
+        communication_backend,
+        device_memory_bytes,
+        memory_metrics,
+        pin,
+        release_cached_memory,
+        select_device,
+        synchronize,
+    )
+    from megatron_sip.distributed.platform import install_cpu_platform
+else:
+    __getattr__ = imported_when_asked_for(
+        __name__,
+        context="HostGroups ParallelContext initialize",
+        device="communication_backend device_memory_bytes memory_metrics pin release_cached_memory select_device "
+        "synchronize",
+        platform="install_cpu_platform",
+    )
+>>>>>>> main
 
 __all__ = [
     "HostGroups",

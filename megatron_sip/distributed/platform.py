@@ -34,6 +34,7 @@ def install_cpu_platform() -> bool:
     _replace_random_state_functions()
     _replace_cuda_functions()
     _replace_linear_layers()
+    _skip_collectives_of_one_rank()
     # Never left again: Megatron's layers ask for device="cuda" for as long as the process lives.
     _CudaArgumentsOnCpu().__enter__()
     return True
@@ -184,6 +185,23 @@ def _replace_linear_layers() -> None:
     from megatron_sip.distributed.cpu_linear import linear_for_megatron
 
     layers.linear_with_grad_accumulation_and_async_allreduce = linear_for_megatron
+
+
+def _skip_collectives_of_one_rank() -> None:
+    # NCCL does nothing where one rank reduces a buffer into a view of itself; Gloo copies it there and back.
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if group is not None and group.size() == 1 and output.data_ptr() == input.data_ptr():
+            return None
+        return collective(output, input, *args, group=group, **kwargs)
+
+    return call
 
 
 def _replace_random_state_functions() -> None:

@@ -1,9 +1,19 @@
 """The training engine: gradients, optimizer, learning rate, schedules and the reference policy.
 
-``EngineConfig`` and ``LearningRate`` need no Megatron; ``Engine`` is imported from ``megatron_sip.engine.engine``.
+``Engine`` is imported from ``megatron_sip.engine.engine``.
 """
 
+from typing import TYPE_CHECKING
+
 from megatron_sip.engine.config import EngineConfig
-from megatron_sip.engine.lr import LearningRate
+from megatron_sip.lazy import imported_when_asked_for
+
+if TYPE_CHECKING:
+    from megatron_sip.engine.lr import LearningRate
+else:
+    __getattr__ = imported_when_asked_for(
+        __name__,
+        lr="LearningRate",
+    )
 
 __all__ = ["EngineConfig", "LearningRate"]

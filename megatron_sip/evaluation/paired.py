@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_sip.evaluation.win_rate import outcomes
 from megatron_sip.rollout import GenerationRequest, RolloutEngine, SeedKey
-from megatron_sip.rollout.sampling import SamplingParameters
+from megatron_sip.rollout.parameters import SamplingParameters
 from megatron_sip.types import Candidate, CandidateGroup, FloatArray, Judgment, Sample
 
 Judge = Callable[[Sequence[CandidateGroup]], Sequence[Judgment]]

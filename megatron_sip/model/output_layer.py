@@ -18,8 +18,11 @@ import torch.distributed as dist
 from megatron_sip.distributed import linear
 from megatron_sip.model.logprobs import num_valid_columns
 
-BLOCK_LOGITS = 2**23
-"""Logits of a block, at most (but for one position): 32 MiB in float32."""
+_MIN_ROWS = 128
+"""Positions of a block, at least: with fewer, adding to the weight's gradient costs more than computing it."""
+_BLOCK_LOGITS = {"cpu": 6 * 2**20, "cuda": 2**26}
+"""Logits of a block. On CPU 24 MiB: above 32 MiB every block's memory comes anew from the system, page by page. A GPU
+needs more to be busy."""
 _WEIGHT_BLOCK = 2**20
 """Entries of the weight's gradient that are computed and added at a time: small enough for a cache."""
 
@@ -65,7 +68,8 @@ class _Shape:
         self.tied = tied
         self.first = group.rank() * num_columns
         self.num_valid = num_valid_columns(num_columns, vocab_size, group.rank())
-        self.rows_per_block = max(1, BLOCK_LOGITS // max(self.num_valid, 1))
+        block = _BLOCK_LOGITS[weight.device.type]
+        self.rows_per_block = max(_MIN_ROWS, block // num_columns)
         self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
 
     def blocks(self, num_positions: int) -> list[slice]:
@@ -88,12 +92,13 @@ class _TargetLogProbs(torch.autograd.Function):
         log_sums = torch.empty_like(log_probs)
         grads = None if gradient is None else _Gradients(hidden, weight, shape)
         for block in shape.blocks(len(targets)):
-            logits = _logits(hidden[block], weight, shape)
-            log_sums[block], chosen = _reduce(logits, targets[block], shape)
-            log_probs[block] = chosen - log_sums[block]
+            exponentials = _logits(hidden[block], weight, shape)
+            chosen, shifts = _exponentiate(exponentials, targets[block], shape)
+            log_sums[block], log_probs[block] = _normalize(exponentials, chosen, shifts, shape)
             if grads is not None and gradient is not None:
-                _to_gradient(logits, log_sums[block], targets[block], gradient[block], shape)
-                grads.add(block, logits)
+                scale = -gradient[block] * (shifts - log_sums[block]).exp()
+                _to_gradient(exponentials, scale, targets[block], gradient[block], shape)
+                grads.add(block, exponentials)
         ctx.shape, ctx.gradients = shape, grads
         ctx.save_for_backward(hidden, weight, targets, log_sums, gradient)
         return log_probs
@@ -108,9 +113,10 @@ class _TargetLogProbs(torch.autograd.Function):
         else:
             grads = _Gradients(hidden, weight, shape)
             for block in shape.blocks(len(targets)):
-                logits = _logits(hidden[block], weight, shape)
-                _to_gradient(logits, log_sums[block], targets[block], grad_outputs[0][block], shape)
-                grads.add(block, logits)
+                exponentials = _logits(hidden[block], weight, shape).sub_(log_sums[block].unsqueeze(-1)).exp_()
+                received = grad_outputs[0][block]
+                _to_gradient(exponentials, -received, targets[block], received, shape)
+                grads.add(block, exponentials)
         return *grads.finish(), None, None, None
 
 
@@ -119,33 +125,42 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, shape: _Shape) -> torch.
     return linear(hidden, weight[: shape.num_valid]).float()
 
 
-def _reduce(logits: torch.Tensor, targets: torch.Tensor, shape: _Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logarithm of the denominator and logit of the target, [rows] each, over all ranks' columns."""
+def _exponentiate(logits: torch.Tensor, targets: torch.Tensor, shape: _Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overwrites logits [rows, r] with exp(logit - shift); returns the target's logit (0 on other ranks) and the shift,
+    both [rows]."""
+    if not shape.num_valid:  # a rank whose columns are all padding
+        return torch.zeros(targets.shape, device=targets.device), torch.zeros(targets.shape, device=targets.device)
     local, elsewhere = _local(targets, shape)
-    if shape.num_valid:
-        log_sum = logits.logsumexp(dim=-1)
-        chosen = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(elsewhere, 0.0)
-    else:  # a rank whose columns are all padding
-        log_sum = torch.full(targets.shape, -torch.inf, device=targets.device)
-        chosen = torch.zeros(targets.shape, device=targets.device)
+    chosen = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill_(elsewhere, 0.0)
+    shifts = logits.amax(dim=-1)
+    logits.sub_(shifts.unsqueeze(-1)).exp_()
+    return chosen, shifts
+
+
+def _normalize(
+    exponentials: torch.Tensor, chosen: torch.Tensor, shifts: torch.Tensor, shape: _Shape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logarithm of the denominator and log-prob of the target, [rows] each, over all ranks' columns."""
+    log_sums = shifts + exponentials.sum(dim=-1).log()  # -inf on a rank of padding only
     if shape.group.size() > 1:
-        highest = log_sum.clone()
+        highest = log_sums.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shape.group)
-        sums = torch.stack(((log_sum - highest).exp(), chosen))
+        sums = torch.stack(((log_sums - highest).exp(), chosen))
         dist.all_reduce(sums, group=shape.group)
-        log_sum, chosen = highest + sums[0].log(), sums[1]
-    return log_sum, chosen
+        log_sums, chosen = highest + sums[0].log(), sums[1]
+    return log_sums, chosen - log_sums
 
 
 def _to_gradient(
-    logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor, shape: _Shape
+    exponentials: torch.Tensor, scale: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor, shape: _Shape
 ) -> None:
-    """Overwrites logits [rows, r] with their gradient: gradient * (one-hot - softmax)."""
+    """Overwrites [rows, r] with the logits' gradient, gradient * (one-hot - softmax); ``scale`` [rows] makes the
+    exponentials into -gradient * softmax."""
     if not shape.num_valid:
         return
     local, elsewhere = _local(targets, shape)
-    logits.sub_(log_sums.unsqueeze(-1)).exp_().mul_(-gradient.unsqueeze(-1))
-    logits.scatter_add_(-1, local.unsqueeze(-1), gradient.masked_fill(elsewhere, 0.0).unsqueeze(-1))
+    exponentials.mul_(scale.unsqueeze(-1))
+    exponentials.scatter_add_(-1, local.unsqueeze(-1), gradient.masked_fill(elsewhere, 0.0).unsqueeze(-1))
 
 
 def _local(targets: torch.Tensor, shape: _Shape) -> tuple[torch.Tensor, torch.Tensor]:

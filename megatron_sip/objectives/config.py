@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
-from megatron_sip.objectives.dpo import OnlineDPO
-from megatron_sip.objectives.grpo import GRPO, LOSS_MEANS
-from megatron_sip.objectives.nll import SuffixNLL
 from megatron_sip.types import Objective
 
+if TYPE_CHECKING:
+    from megatron_sip.objectives.grpo import GRPO
+
 OBJECTIVES = ("rf_nll", "online_dpo")
+LOSS_MEANS = ("token", "sequence", "constant")
 REFERENCE_POLICIES = ("frozen", "synced", "ema", "none")
 
 
@@ -86,6 +88,10 @@ class ObjectiveConfig(ReferenceOptions):
 
 def build_judged_objective(config: ObjectiveConfig) -> Objective:
     """The objective of the judged stream."""
+    # Here, so that options can be read without torch.
+    from megatron_sip.objectives.dpo import OnlineDPO
+    from megatron_sip.objectives.nll import SuffixNLL
+
     if config.objective == "rf_nll":
         return SuffixNLL(name="rf_nll")
     return OnlineDPO(
@@ -135,4 +141,6 @@ class GRPOConfig(ReferenceOptions):
 
     def build(self) -> GRPO:
         """The objective."""
+        from megatron_sip.objectives.grpo import GRPO
+
         return GRPO(self.loss_mean, self.clip_low, self.clip_high, self.kl_weight)

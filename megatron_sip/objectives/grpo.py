@@ -12,8 +12,6 @@ import torch
 
 from megatron_sip.types import ObjectiveTerms, RowBatch
 
-LOSS_MEANS = ("token", "sequence", "constant")
-
 
 @dataclass(frozen=True)
 class GRPO:

@@ -1,5 +1,8 @@
 """Judgments -> preferences -> micro-batches of shared-prefix rows, and their statistics."""
 
+from typing import TYPE_CHECKING
+
+from megatron_sip.lazy import imported_when_asked_for
 from megatron_sip.preference.advantages import (
     GroupAdvantages,
     group_advantages,
@@ -8,17 +11,24 @@ from megatron_sip.preference.advantages import (
     without_missing,
 )
 from megatron_sip.preference.config import PreferenceConfig
-from megatron_sip.preference.rows import (
-    Row,
-    RowShape,
-    build_rows,
-    candidate_rows,
-    chosen_rows,
-    group_rows,
-    pair_rows,
-)
 from megatron_sip.preference.select import select
 from megatron_sip.preference.stats import preference_metrics, preference_sums
+
+if TYPE_CHECKING:
+    from megatron_sip.preference.rows import (
+        Row,
+        RowShape,
+        build_rows,
+        candidate_rows,
+        chosen_rows,
+        group_rows,
+        pair_rows,
+    )
+else:
+    __getattr__ = imported_when_asked_for(
+        __name__,
+        rows="Row RowShape build_rows candidate_rows chosen_rows group_rows pair_rows",
+    )
 
 __all__ = [
     "GroupAdvantages",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.rollout.candidates import CandidatePool
-from megatron_sip.rollout.sampling import SamplingParameters
+from megatron_sip.rollout.parameters import SamplingParameters
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from megatron_sip.distributed import ParallelContext
 from megatron_sip.rollout.batch import RolloutBatch, batch_uniforms, plan_batches
 from megatron_sip.rollout.cache import RolloutCache
 from megatron_sip.rollout.config import RolloutConfig
+from megatron_sip.rollout.parameters import SamplingParameters
 from megatron_sip.rollout.protocol import GenerationRequest
-from megatron_sip.rollout.sampling import SamplingParameters, VocabParallelSampler
+from megatron_sip.rollout.sampling import VocabParallelSampler
 from megatron_sip.rollout.stages import StageChain
 from megatron_sip.types import Candidate, CandidateKind
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_sip.rollout.sampling import SamplingParameters
+from megatron_sip.rollout.parameters import SamplingParameters
 from megatron_sip.types import Candidate, IntArray
 
 

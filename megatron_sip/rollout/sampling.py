@@ -10,43 +10,18 @@ picks the same token, up to rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_sip.errors import ConfigurationError
+from megatron_sip.rollout.parameters import SamplingParameters
 
 _BLOCK = 64
 """Columns per block of the two-level search: a running sum over all columns is slow everywhere."""
 _FIRST_NUCLEUS = 64
 """Most likely tokens per rank that are exchanged first when a nucleus is looked for."""
-
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """How to draw from a softmax. Temperature acts first, then top_k, then top_p; ties at an edge all stay in."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def validate(self) -> None:
-        """Raises ConfigurationError for a value that cannot work."""
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigurationError(f"--rollout-temperature is {self.temperature}: give 0 (greedy) or more.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigurationError(f"--rollout-top-p is {self.top_p}: give a share above 0 and up to 1.")
-        if self.top_k < 0:
-            raise ConfigurationError(f"--rollout-top-k is {self.top_k}: give 0 (all tokens) or more.")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    def as_greedy(self) -> SamplingParameters:
-        return replace(self, temperature=0.0)
 
 
 class VocabParallelSampler:

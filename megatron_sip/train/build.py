@@ -21,7 +21,7 @@ from megatron_sip.observability.timers import Timers
 from megatron_sip.rollout.in_process import InProcessEngine
 from megatron_sip.teacher import TeacherProcess
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
-from megatron_sip.train.checks import check_layout, trains_on, uses_judge, uses_rewriter
+from megatron_sip.train.checks import check_layout, reference_policy, trains_on, uses_judge, uses_rewriter
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.record import RunRecord
 from megatron_sip.train.step import StepRunner, StepShape
@@ -97,7 +97,8 @@ def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSi
             config.teacher.judge_timeout_s,
         )
         stack.callback(link.close)
-        engine = Engine(policy.chunks, config.engine, config.objective, context, config.training.train_iters)
+        objective = dataclasses.replace(config.objective, reference_policy=reference_policy(config))
+        engine = Engine(policy.chunks, config.engine, objective, context, config.training.train_iters)
         policy.rollouts.sync_weights(engine.num_updates)
         loader = build_loader(config.data, config.data.data_path, tokenizer, config.training.seed, _streams(config))
         shape = step_shape(config, tokenizer)

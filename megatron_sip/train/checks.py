@@ -65,6 +65,12 @@ def uses_judge(config: TrainConfig) -> bool:
     return judged or _has_trigger(config) or config.training.probe_interval > 0
 
 
+def reference_policy(config: TrainConfig) -> str:
+    """--reference-policy, or none where no phase of the curriculum compares with it: a copy costs memory."""
+    used = config.objective.needs_reference and trains_on(config, "rollout")
+    return config.objective.reference_policy if used else "none"
+
+
 def uses_rewriter(config: TrainConfig) -> bool:
     """Whether the run ever asks for rewrites."""
     return trains_on(config, "rewrite") or (config.rollout.pool.rewrite and trains_on(config, "rollout"))

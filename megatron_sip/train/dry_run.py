@@ -15,7 +15,7 @@ from megatron_sip.errors import ConfigurationError
 from megatron_sip.model.presets import Architecture, count_parameters, padded_vocab_size
 from megatron_sip.teacher.schedule import num_comparisons
 from megatron_sip.tokenizer import build_tokenizer
-from megatron_sip.train.checks import check_layout, find_missing, trains_on
+from megatron_sip.train.checks import check_layout, find_missing, reference_policy, trains_on
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.dry_run_report import render
 from megatron_sip.train.estimate import BYTES_FP32, Layout, Precision, RankMemory, Workload, rank_memory
@@ -103,7 +103,7 @@ def examine(config: TrainConfig, world_size: int) -> DryRun:
     phases = tuple(_phases(config, curriculum, layout.dp))
     precision, work = _precision(config), _workload(config, layout, phases, rows)
     stages = tuple(rank_memory(arch, layout, precision, work, stage) for stage in range(layout.pp))
-    on_host = config.objective.needs_reference and config.objective.reference_placement == "host"
+    on_host = reference_policy(config) != "none" and config.objective.reference_placement == "host"
     samples = _corpus_samples(config, missing)
     return DryRun(
         architecture=arch,
@@ -174,10 +174,8 @@ def _precision(config: TrainConfig) -> Precision:
 
 def _reference_bytes(config: TrainConfig, precision: Precision) -> int:
     """Bytes per weight of the reference, wherever it is; a moving average is kept in fp32 (engine.reference)."""
-    objective = config.objective
-    if not (objective.needs_reference and trains_on(config, "rollout")):
-        return 0
-    return BYTES_FP32 if objective.reference_policy == "ema" else precision.weight
+    policy = reference_policy(config)
+    return {"none": 0, "ema": BYTES_FP32}.get(policy, precision.weight)
 
 
 def _workload(config: TrainConfig, layout: Layout, phases: tuple[PhaseFigures, ...], vocab_rows: int) -> Workload:

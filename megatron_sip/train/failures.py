@@ -9,9 +9,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
-from torch.distributed import distributed_c10d
-
 from megatron_sip.errors import SIPError
 
 _FIRST = "megatron_sip/failed_ranks"
@@ -49,6 +46,8 @@ def _describe(error: Exception) -> str:
         return f"error: {error}: give room or rights there, then resume from the latest checkpoint with --load"
     lost = _loss_of_a_rank(error)
     if lost:
+        import torch.distributed as dist
+
         return (
             f"error: rank {dist.get_rank()} has lost another rank ({lost}): it was killed or the network failed; look "
             "for its last words, then resume from the latest checkpoint with --load"
@@ -58,6 +57,9 @@ def _describe(error: Exception) -> str:
 
 def _loss_of_a_rank(error: Exception) -> str:
     """What the transport says if it has lost its peer, else nothing."""
+    # Torch is imported where it is needed: --help and --dry-run do without.
+    import torch.distributed as dist
+
     text = str(error)
     if isinstance(error, RuntimeError):
         for sign in _LOST:
@@ -68,6 +70,11 @@ def _loss_of_a_rank(error: Exception) -> str:
 
 def _is_first() -> bool:
     """Whether no other rank has failed before. What fails later is mostly a consequence."""
+    if "torch.distributed" not in sys.modules:
+        return True
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
     if not dist.is_initialized():
         return True
     try:

@@ -97,6 +97,7 @@ def test_a_reference_is_counted_where_it_is() -> None:
     assert figures(objective="rf_nll", preference_rule="best").stages[0].reference == 0
     assert figures(curriculum="ntp").stages[0].reference == 0
     assert figures().host_bytes == 0
+    assert figures(curriculum="ntp", reference_placement="host").host_bytes == 0
 
 
 def test_the_cache_of_rollouts_holds_each_prefix_once() -> None:

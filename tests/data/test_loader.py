@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,42 @@ def test_peek_consumes_nothing(tmp_path: Path) -> None:
     assert signature(loader.take("sip", 3)) == ahead
 
 
-@pytest.mark.parametrize("changes", [{"seq_length": 20}, {"suffix_length": 5}, {"data_seed": 6}])
-def test_resume_with_another_order_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seq_length": 20}, "--seq-length is 20 and was 16;"),
+        ({"suffix_length": 5}, "--suffix-length is 5 and was 4, --min-suffix-length is 5 and was 4;"),
+        ({"data_seed": 6}, "the seed (--data-seed, else --seed) is 6 and was 5;"),
+        (
+            {"sample_cut": "random", "min_prefix_length": 8},
+            "--min-prefix-length is 8 and was 4, --sample-cut is random",
+        ),
+    ],
+)
+def test_resume_with_another_order_is_refused_and_says_what_differs(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
     path = corpus_path(tmp_path, [60, 60])
     state = loader_over(path).state_dict()
-    with pytest.raises(DataError, match="is not the one of the checkpoint"):
+    with pytest.raises(DataError, match="is not the one of the checkpoint: " + re.escape(said)):
         loader_over(path, **changes).load_state_dict(state)
+
+
+def test_resume_with_another_corpus_or_other_weights_says_so_and_a_moved_corpus_is_the_same(tmp_path: Path) -> None:
+    one, two = corpus_path(tmp_path, [60, 60], "one"), corpus_path(tmp_path, [90], "two")
+
+    def blend(*words: str) -> SampleLoader:
+        return build_loader(CONFIG, words, null_tokenizer(), seed=5)
+
+    with pytest.raises(
+        DataError,
+        match=re.escape("--data-path is two (1 documents, 90 tokens) and was one (2 documents, 120 tokens);"),
+    ):
+        blend(two).load_state_dict(blend(one).state_dict())
+    with pytest.raises(DataError, match=r"--data-path is 1 one \(.*\) \+ 1 two \(.* and was 3 one \(.*\) \+ 1 two \("):
+        blend("1", one, "1", two).load_state_dict(blend("3", one, "1", two).state_dict())
+    (tmp_path / "elsewhere").mkdir()
+    blend(corpus_path(tmp_path / "elsewhere", [60, 60], "one")).load_state_dict(blend(one).state_dict())
 
 
 def test_a_weighted_blend_is_built_from_megatrons_notation(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_sip.rollout.batch import RolloutBatch, plan_batches
+from megatron_sip.rollout.parameters import SamplingParameters
 from megatron_sip.rollout.protocol import GenerationRequest, SeedKey
-from megatron_sip.rollout.sampling import SamplingParameters
 
 EOD = 9
 

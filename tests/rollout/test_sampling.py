@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_sip.errors import ConfigurationError
-from megatron_sip.rollout.sampling import SamplingParameters, VocabParallelSampler
+from megatron_sip.rollout import SamplingParameters, VocabParallelSampler
 
 VOCAB, PADDED = 150, 256
 

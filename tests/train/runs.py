@@ -131,7 +131,9 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
             for chunk in trainer._engine.chunks
             for name, parameter in chunk.named_parameters()
         }
-    return {"end": end.step, "finished": end.finished, "norm": norm, "weights": weights, "records": records(config)}
+        has_reference = trainer._engine.has_reference
+    found = {"end": end.step, "finished": end.finished, "norm": norm, "weights": weights, "records": records(config)}
+    return {**found, "has_reference": has_reference}
 
 
 def records(config: Any) -> list[dict[str, Any]]:

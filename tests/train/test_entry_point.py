@@ -148,8 +148,30 @@ def test_fault_of_one_rank_ends_its_process_at_once_with_a_line_or_for_a_defect_
     assert lines[-1].startswith("interrupted twice")
 
 
-def test_help_prints_nothing_but_the_help() -> None:
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+WITHOUT_TORCH = """
+import runpy, sys
+script = sys.argv[1]
+sys.argv[:2] = [script]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+print(sorted({"torch", "megatron.core", "transformers"}.intersection(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("script", ["pretrain_sip.py", *(f"tools/{name}" for name in TOOLS)])
+def test_help_prints_nothing_but_the_help_and_loads_neither_torch_nor_megatron(script: str) -> None:
+    # Those imports take seconds, and on Python 3.12 torch's CUDA build says that there is no CUDA.
+    command = [sys.executable, "-c", WITHOUT_TORCH, script, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--help" in done.stdout
+    assert done.stderr == "[]\n"
+
+
+def test_a_section_of_the_help_is_printed_alone() -> None:
     command = [sys.executable, "pretrain_sip.py", "--help", "training"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--train-iters" in done.stdout
+    assert done.returncode == 0 and "--train-iters" in done.stdout and "--lr" not in done.stdout
     assert done.stderr == ""

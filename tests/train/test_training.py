@@ -91,7 +91,10 @@ def test_a_run_resumed_at_another_layout_goes_on_alike(
 
 def test_a_warm_up_without_teacher_goes_on_with_rollouts(corpora: Path, tmp_path: Path) -> None:
     save = str(tmp_path / "checkpoints")
-    run(1, corpora, tmp_path / "a", train_iters=2, save=save, phases=[{"name": "warm-up", "ntp": 1.0}])
-    records = run(1, corpora, tmp_path / "b", train_iters=3, load=save, save=save)[0]["records"]
+    (warm_up,) = run(1, corpora, tmp_path / "a", train_iters=2, save=save, phases=[{"name": "warm-up", "ntp": 1.0}])
+    (after,) = run(1, corpora, tmp_path / "b", train_iters=3, load=save, save=save)
+    # A copy of the weights that nothing is compared with would only cost memory.
+    assert (warm_up["has_reference"], after["has_reference"]) == (False, True)
+    records = after["records"]
     assert [record["step"] for record in records] == [3]
     assert "sip/chosen_rate/rollout" in records[0]

@@ -26,6 +26,7 @@ from megatron_sip.checkpoint.huggingface.config_json import (
 )
 from megatron_sip.checkpoint.huggingface.correspondence import EMBEDDING, Piece, pieces, whole_shapes
 from megatron_sip.checkpoint.huggingface.megatron_side import Source, open_checkpoint
+from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
 from megatron_sip.checkpoint.huggingface.safetensors_files import (
     ShardedWriter,
     StoredTensor,
@@ -41,10 +42,7 @@ from megatron_sip.model.presets import Architecture
 
 logger = logging.getLogger(__name__)
 
-CARRIED_DIRECTORY = "huggingface"
-"""Beside a converted checkpoint: configuration and tokenizer of the model that it came from."""
-RECIPE = "recipe.yaml"
-DTYPES: Mapping[str, torch.dtype | None] = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: Mapping[str, torch.dtype | None] = {name: getattr(torch, name, None) for name in DTYPE_NAMES}
 
 _BLOCK_BYTES = 256 << 20
 _MAX_NAMED = 3
