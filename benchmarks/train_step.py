@@ -76,9 +76,7 @@ def _llama(payload: dict[str, Any]) -> Any:
 def _transformers_step(payload: dict[str, Any], model: Any, autocast: bool) -> Step:
     tokens = _tokens(payload)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model.train()
 
     def step() -> float:

@@ -3,24 +3,11 @@
 from typing import TYPE_CHECKING
 
 from megatron_sip.distributed.config import ParallelConfig
-<<<<<<< HEAD
-from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
-from megatron_sip.distributed.cpu_linear import linear
-from megatron_sip.distributed.device import (
-    communication_backend,
-    device_memory_bytes,
-    memory_metrics,
-    pin,
-    release_cached_memory,
-    select_device,
-    synchronize,
-)
-from megatron_sip.distributed.platform import install_cpu_platform
-=======
 from megatron_sip.lazy import imported_when_asked_for
 
 if TYPE_CHECKING:
     from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
+    from megatron_sip.distributed.cpu_linear import linear
     from megatron_sip.distributed.device import (
         communication_backend,
         device_memory_bytes,
@@ -35,11 +22,11 @@ else:
     __getattr__ = imported_when_asked_for(
         __name__,
         context="HostGroups ParallelContext initialize",
+        cpu_linear="linear",
         device="communication_backend device_memory_bytes memory_metrics pin release_cached_memory select_device "
         "synchronize",
         platform="install_cpu_platform",
     )
->>>>>>> main
 
 __all__ = [
     "HostGroups",
