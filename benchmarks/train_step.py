@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.pairs import Step, compare, machine, report
+from benchmarks.pairs import CLOCKS, Step, compare, machine, report
 
 SIDES = {
     "transformers": "benchmarks.train_step:theirs_transformers",
@@ -50,6 +50,12 @@ def _tokens(payload: dict[str, Any]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     shape = (payload["rows"], payload["sequence_length"] + 1)
     return torch.randint(0, payload["vocab_size"], shape, generator=generator)
+
+
+def initial_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What all sides start from, by Llama's names."""
+    weights: dict[str, torch.Tensor] = _llama(payload).state_dict()
+    return weights
 
 
 def _llama(payload: dict[str, Any]) -> Any:
@@ -86,7 +92,7 @@ def _transformers_step(payload: dict[str, Any], model: Any, autocast: bool) -> S
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return round(float(loss), 4)
+        return round(float(loss.detach()), 4)
 
     return step
 
@@ -116,7 +122,7 @@ def ours(payload: dict[str, Any]) -> Step:
     context = initialize(ParallelConfig(), seed=1)
     config = ModelConfig(**_architecture(payload), bf16=payload["bf16"])
     chunks = build_model(config, payload["vocab_size"], context)
-    load_llama(chunks, _llama(payload).state_dict(), config.resolve(), context)
+    load_llama(chunks, initial_weights(payload), config.resolve(), context)
     engine = Engine(
         chunks,
         EngineConfig(lr=LEARNING_RATE, lr_decay_style="constant", weight_decay=0.1, adam_beta2=0.95),
@@ -157,6 +163,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2, help="sequences of a step, in one micro-batch")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     print(f"{machine()}\n{options.layers} layers, {options.rows} x {options.sequence_length} tokens, "
@@ -174,6 +181,7 @@ def main() -> None:
                     options.pairs,
                     num_warm_up=2,
                     tokens=options.rows * options.sequence_length,
+                    clock=options.clock,
                 )
                 print(found.line(), flush=True)
                 rows.append(found.row())

@@ -160,6 +160,13 @@ class RowBatch:
     def num_rows(self) -> int:
         return self.tokens.shape[0]
 
+    def num_real_tokens(self) -> torch.Tensor:
+        """Scalar: tokens of rows that teach, each prefix once; the rest of B * S is padding."""
+        real = self.prefix_lengths.to(self.mask.device)
+        if self.layout.num_candidates:
+            real = real + self.mask.sum(dim=1)
+        return (real * (self.weights > 0)).sum()
+
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
@@ -195,7 +202,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class TrainPass:
-    """One schedule call: micro-batches of one shape under one objective."""
+    """One schedule call: micro-batches of as many rows and scored positions, under one objective."""
 
     name: str
     batches: tuple[RowBatch, ...]

@@ -16,7 +16,7 @@ from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.config import EngineConfig
 from megatron_sip.engine.gradients import GradientStep, wrap_chunks
 from megatron_sip.engine.lr import LearningRate
-from megatron_sip.engine.metrics import MetricSums
+from megatron_sip.engine.metrics import MetricSums, padding
 from megatron_sip.engine.optimizer import STATE_FORMAT, Optimizer
 from megatron_sip.engine.passes import Metrics, PassRunner
 from megatron_sip.engine.reference import ReferencePolicy
@@ -85,13 +85,17 @@ class Engine:
     def run(self, train_pass: TrainPass, last: bool) -> Metrics:
         """Forward and backward of one pass; ``last`` marks the step's last pass.
 
-        Returns this replica's metric sums (empty but on the last stage); ``collect_metrics`` has the job's.
+        Returns this replica's metric sums (empty but on the last stage); ``collect_metrics`` has the job's, with
+        ``padding/<name of the pass>``, the share of the tokens computed that were padding or taught nothing.
 
         Raises:
-            ValueError: no micro-batch, or micro-batches of several shapes.
+            ValueError: no micro-batch, or micro-batches of several kinds.
         """
         with self._gradients.call(last):
             results = self._runner.train(train_pass.batches, train_pass.objective, train_pass.scale)
+        if self._context.is_last_stage:
+            device = self._context.device
+            self._metrics.add([padding(train_pass.name, batch, device) for batch in train_pass.batches])
         return self._metrics.add(results)
 
     def collect_metrics(self) -> dict[str, tuple[float, float]]:

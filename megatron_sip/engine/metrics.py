@@ -8,6 +8,7 @@ import torch
 
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.passes import Metrics
+from megatron_sip.types import RowBatch
 
 
 class MetricSums:
@@ -43,3 +44,10 @@ class MetricSums:
             sums = context.sum_over_data_parallel(flat)
             result = {name: (sums[f"0:{name}"], sums[f"1:{name}"]) for name in names}
         return context.broadcast_from_last_stage(result)
+
+
+def padding(name: str, batch: RowBatch, device: torch.device) -> Metrics:
+    """``padding/<name>``: tokens of a micro-batch that are padding or stand in rows that teach nothing, of all."""
+    total = torch.tensor(float(batch.tokens.numel()))
+    padded = total - batch.num_real_tokens().cpu()
+    return {f"padding/{name}": (padded.to(device), total.to(device))}

@@ -1,4 +1,4 @@
-"""Runs micro-batches of one shape through Megatron-Core's schedules: no pipeline, 1F1B, or interleaved.
+"""Runs micro-batches through Megatron-Core's schedules: no pipeline, 1F1B, or interleaved.
 
 Shape legend: B rows of a micro-batch, S row length, L scored positions of a row (``megatron_sip.types``).
 """
@@ -31,7 +31,8 @@ def _unknown(batch: RowBatch) -> None:
 
 
 class PassRunner:
-    """One schedule call per ``run``: all its micro-batches have one shape, which the pipeline's buffers need."""
+    """One schedule call per ``run``. Its micro-batches have the same rows and scored positions; prefix blocks may
+    differ, since the stages of a pipeline tell each other the lengths."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], context: ParallelContext) -> None:
         self._chunks = list(chunks)
@@ -47,17 +48,17 @@ class PassRunner:
         ``gradient``: the loss's gradient in the log-probs, where it is known before them.
 
         Raises:
-            ValueError: no micro-batch, or micro-batches of several shapes.
+            ValueError: no micro-batch, or micro-batches of several kinds.
         """
-        shape = _common_shape(batches)
+        _check_alike(batches)
         moved = [to_device(batch, self._context.device) for batch in self._filled(batches)]
         results = self._schedule(
             forward_step_func=partial(_forward_step, loss, gradient),
             data_iterator=[iter(moved) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(moved),
-            seq_length=shape[0].length,
-            micro_batch_size=shape[1],
+            seq_length=max(batch.layout.length for batch in batches),
+            micro_batch_size=batches[0].num_rows,
             forward_only=forward_only,
         )
         return list(results)[: len(batches)]
@@ -89,10 +90,10 @@ class PassRunner:
     def score(self, batches: Sequence[RowBatch]) -> list[torch.Tensor]:
         """float32 log-probs [B, L] of each batch, on every rank of the replica; the shapes may differ."""
         scored: list[torch.Tensor] = [torch.empty(0)] * len(batches)
-        by_shape: dict[tuple[object, int], list[int]] = {}
+        by_kind: dict[tuple[int, ...], list[int]] = {}
         for index, batch in enumerate(batches):
-            by_shape.setdefault(_shape(batch), []).append(index)
-        for indices in by_shape.values():
+            by_kind.setdefault(_kind(batch), []).append(index)
+        for indices in by_kind.values():
             group = [batches[index] for index in indices]
             results = self._from_last_stage(self._forward(group, _scores), group)
             for index, log_probs in zip(indices, results, strict=True):
@@ -167,14 +168,17 @@ def _scores(log_probs: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, tor
     return log_probs.new_zeros(()), log_probs.detach()
 
 
-def _shape(batch: RowBatch) -> tuple[Any, int]:
-    return batch.layout, batch.num_rows
+def _kind(batch: RowBatch) -> tuple[int, ...]:
+    """(rows, candidates, scored positions)."""
+    return batch.num_rows, batch.layout.num_candidates, batch.layout.num_scored
 
 
-def _common_shape(batches: Sequence[RowBatch]) -> tuple[Any, int]:
+def _check_alike(batches: Sequence[RowBatch]) -> None:
     if not batches:
         raise ValueError("a pass needs at least one micro-batch on every rank: give a filler of weight 0")
-    shapes = {_shape(batch) for batch in batches}
-    if len(shapes) > 1:
-        raise ValueError(f"the micro-batches of one pass must have one shape, these have {sorted(map(str, shapes))}")
-    return next(iter(shapes))
+    kinds = {_kind(batch) for batch in batches}
+    if len(kinds) > 1:
+        raise ValueError(
+            "the micro-batches of one pass must agree in (rows, candidates, scored positions), these have "
+            f"{sorted(kinds)}"
+        )

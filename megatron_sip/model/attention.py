@@ -126,21 +126,21 @@ class _SharedPrefixAttention(torch.autograd.Function):
 
         block_log_sums = log_sums.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)  # [b * C, h, T]
         of_blocks = attend_backward(
-            *(_blocks(x, layout) for x in (grad, query, key, value, output)), block_log_sums, causal=True
+            block_log_sums, *(_blocks(x, layout) for x in (grad, query, key, value, output)), causal=True
         )
         for result, part in zip((grad_queries, grad_keys, grad_values), of_blocks, strict=True):
             result[:, :, width:] = part.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
         first = slice(None, width)
         of_prefix = attend_backward(
-            *(x[:, :, first] for x in (grads, queries, keys, values, outputs)), prefix_log_sum, causal=True
+            prefix_log_sum, *(x[:, :, first] for x in (grads, queries, keys, values, outputs)), causal=True
         )
         for result, part in zip((grad_queries, grad_keys, grad_values), of_prefix, strict=True):
             result[:, :, first] = part
         for row, length in enumerate(ctx.lengths):
             one = slice(row, row + 1)
             of_queries, of_keys, of_values = attend_backward(
-                grads[one, :, width:], queries[one, :, width:], keys[one, :, :length], values[one, :, :length],
-                outputs[one, :, width:], log_sums[one], causal=False,
+                log_sums[one], grads[one, :, width:], queries[one, :, width:], keys[one, :, :length],
+                values[one, :, :length], outputs[one, :, width:], causal=False,
             )  # fmt: skip
             grad_queries[one, :, width:] += of_queries
             grad_keys[one, :, :length] += of_keys

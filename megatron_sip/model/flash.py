@@ -24,7 +24,7 @@ Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [b, h, q, d], key and value [b, g, k, d] -> output [b, h, q, d], log of the denominator float32 [b, h, q].
 
@@ -33,16 +33,17 @@ def attend(
     if query.device.type == "cpu":
         output, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
         return output, log_sum
-    return _attend_on_cuda(query, key, value, causal)
+    return _attend_on_cuda(query, key, value, causal=causal)
 
 
 def attend_backward(
+    log_sum: torch.Tensor,
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    log_sum: torch.Tensor,
+    *,
     causal: bool,
 ) -> Tensors3:
     """Gradients of query, key and value. ``grad``, ``output`` [b, h, q, d] and ``log_sum`` [b, h, q] may be those of
@@ -52,11 +53,11 @@ def attend_backward(
             grad, query, key, value, output, log_sum, 0.0, causal
         )
         return grads
-    return _attend_backward_on_cuda(grad, query, key, value, output, log_sum, causal)
+    return _attend_backward_on_cuda(log_sum, grad, query, key, value, output, causal=causal)
 
 
 def _attend_on_cuda(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width, scale = query.shape[-1], query.shape[-1] ** -0.5
     query, key, value = (_pad_width(x) for x in (query, key, value))
@@ -71,12 +72,13 @@ def _attend_on_cuda(
 
 
 def _attend_backward_on_cuda(
+    log_sum: torch.Tensor,
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    log_sum: torch.Tensor,
+    *,
     causal: bool,
 ) -> Tensors3:
     width, scale = query.shape[-1], query.shape[-1] ** -0.5

@@ -96,7 +96,7 @@ def split_and_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Megatron's mixed projection [s, b, g * (h / g + 2) * d] -> turned query [s, b, h, d], turned key and value
     [s, b, g, d]. Per group the projection holds its query heads, its key and its value."""
-    return _SplitAndRotate.apply(mixed, rotation, num_groups, head_width)  # type: ignore[no-any-return]
+    return _SplitAndRotate.apply(mixed, rotation, num_groups, head_width)
 
 
 class _SplitAndRotate(torch.autograd.Function):

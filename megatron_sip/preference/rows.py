@@ -1,10 +1,10 @@
-"""Preferences -> micro-batches of shared-prefix rows, all of one shape (layout and shapes: ``megatron_sip.types``)."""
+"""Preferences -> micro-batches of shared-prefix rows, alike but for their prefix blocks (shapes: ``megatron_sip.types``)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,17 +12,19 @@ import torch
 from megatron_sip.types import Candidate, CandidateGroup, FloatArray, IntArray, Preference, RowBatch, RowLayout
 
 _NO_TOKENS: IntArray = np.zeros(0, dtype=np.int64)
+PREFIX_BUCKET = 64
+"""Prefix blocks are multiples of this many tokens."""
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """What the micro-batches of one schedule call must look like."""
+    """What the micro-batches of one schedule call look like."""
 
     micro_batch_size: int
     candidate_block: int
     """T: the suffix length N of the run."""
     prefix_block: int | None = None
-    """P before rounding; None takes the longest prefix of the call."""
+    """P before rounding, the same for all micro-batches; None fits it to each micro-batch."""
     pad_multiple: int = 1
     """P is raised until S = P + C * T is a multiple of this (tensor-parallel size under sequence parallel)."""
 
@@ -92,7 +94,10 @@ def group_rows(
 def build_rows(
     rows: Sequence[Row], shape: RowShape, num_candidates: int, num_micro_batches: int | None = None
 ) -> tuple[RowBatch, ...]:
-    """Rows in order, in micro-batches of one shape; the last is filled up with rows of weight 0.
+    """Rows in order, in micro-batches of one size; the last is filled up with rows of weight 0.
+
+    Prefix blocks differ: each is as wide as its micro-batch's longest prefix, rounded up to a multiple of
+    ``PREFIX_BUCKET`` (but no wider than the longest of the call needs), so that few widths occur.
 
     ``num_micro_batches``: make this many (more fillers), for schedules that need a fixed number; None makes as many as
     the rows fill. Raises ValueError if a prefix or a continuation is longer than its block.
@@ -109,9 +114,22 @@ def build_rows(
         r.sampling_log_probs is not None for r in rows if r.weight
     )
     advantages = any(r.advantages is not None for r in rows)
-    return tuple(
-        _micro_batch(padded[start : start + size], layout, sampled, advantages) for start in range(0, len(padded), size)
-    )
+    parts = [padded[start : start + size] for start in range(0, len(padded), size)]
+    return tuple(_micro_batch(part, _fitted(layout, part, shape), sampled, advantages) for part in parts)
+
+
+def _fitted(layout: RowLayout, rows: Sequence[Row], shape: RowShape) -> RowLayout:
+    """The call's layout with a prefix block for these rows alone."""
+    if shape.prefix_block is not None:
+        return layout
+    longest = max(len(row.prefix) for row in rows)
+    width = _aligned(-(-longest // PREFIX_BUCKET) * PREFIX_BUCKET, layout, shape)
+    return replace(layout, prefix_block=min(width, layout.prefix_block))
+
+
+def _aligned(prefix_block: int, layout: RowLayout, shape: RowShape) -> int:
+    blocks = layout.num_candidates * layout.candidate_block
+    return prefix_block + -(prefix_block + blocks) % shape.pad_multiple
 
 
 def _preferred(preference: Preference, picks: tuple[int | None, ...]) -> Row:
@@ -146,8 +164,6 @@ def _layout(rows: Sequence[Row], shape: RowShape, num_candidates: int) -> RowLay
     prefix_block = longest if shape.prefix_block is None else shape.prefix_block
     if longest > prefix_block:
         raise ValueError(f"a prefix of {longest} tokens does not fit a prefix block of {prefix_block}")
-    blocks = num_candidates * shape.candidate_block
-    prefix_block += -(prefix_block + blocks) % shape.pad_multiple
     for row in rows:
         lengths = [len(tokens) for tokens in row.continuations]
         if len(lengths) != num_candidates or max(lengths) > shape.candidate_block or not len(row.prefix):
@@ -155,7 +171,8 @@ def _layout(rows: Sequence[Row], shape: RowShape, num_candidates: int) -> RowLay
                 f"a row with a prefix of {len(row.prefix)} and continuations of {lengths} tokens does not fit "
                 f"{num_candidates} blocks of {shape.candidate_block} behind a prefix of at least 1 token"
             )
-    return RowLayout(prefix_block, num_candidates, shape.candidate_block)
+    layout = RowLayout(prefix_block, num_candidates, shape.candidate_block)
+    return replace(layout, prefix_block=_aligned(prefix_block, layout, shape))
 
 
 def _micro_batch(rows: Sequence[Row], layout: RowLayout, sampled: bool, advantages: bool) -> RowBatch:

@@ -204,3 +204,41 @@ def vocab_parallel_claims(payload: dict[str, Any]) -> dict[str, Any]:
         "twice_the_same": torch.equal(first, second),
         "logits_untouched": torch.equal(before, logits),
     }
+
+
+def output_layer_claims(payload: dict[str, Any]) -> dict[str, Any]:
+    """Log-probs from hidden states and this rank's rows of a weight, in blocks of two positions, every way."""
+    context = initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
+    from megatron_sip.model import output_layer
+
+    output_layer._MIN_ROWS, output_layer._BLOCK_LOGITS = 2, {"cpu": 16}
+    results: dict[str, Any] = {}
+    for known in (False, True):
+        for buffered in (False, True):
+            hidden = payload["hidden"].clone().requires_grad_()
+            weight = torch.nn.Parameter(payload["weight"].chunk(2)[context.tp_rank].clone())
+            if buffered:
+                weight.main_grad = torch.ones_like(weight)
+            scores = output_layer.target_log_probs(
+                hidden, weight, payload["targets"], payload["vocab_size"], context.tp_group,
+                payload["coefficients"] if known else None,
+            )  # fmt: skip
+            (scores * payload["coefficients"]).sum().backward()
+            gradient = weight.main_grad - 1 if buffered else weight.grad
+            results[f"known {known}, buffered {buffered}"] = {
+                "scores": scores.detach().numpy(),
+                "hidden": hidden.grad.numpy(),
+                "weight": gradient.numpy(),
+                "flag": getattr(weight, "grad_added_to_main_grad", False) == buffered,
+            }
+    hidden = payload["hidden"].clone().requires_grad_()
+    weight = payload["weight"].chunk(2)[context.tp_rank]
+    scores = output_layer.target_log_probs(
+        hidden, weight, payload["targets"], payload["vocab_size"], context.tp_group, payload["coefficients"]
+    )
+    try:
+        (scores * payload["coefficients"] * 1.5).sum().backward()
+        results["refusal"] = ""
+    except RuntimeError as error:
+        results["refusal"] = str(error)
+    return results

@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Peak memory of the log-probs of a row's candidates at a large vocabulary, forward and backward.
+
+What a process holds in addition to its inputs, weights and gradient buffer, as its resident set says, in multiples of
+one full float32 tensor of logits [positions, vocabulary]; and the CPU time. Each way runs in a process of its own.
+
+    full        logits in float32, log_softmax, gather, by autograd (what a model that returns logits does)
+    blocks      ours, for a loss whose gradient is not known beforehand (DPO, GRPO)
+    linear      ours, for a linear loss (next token, RF-NLL)
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.pairs import machine, report
+
+WAYS = ("full", "blocks", "linear")
+
+
+def _log_probs(way: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if way == "full":
+        logits = F.linear(hidden, weight).float()
+        return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    from megatron_sip.distributed import ParallelConfig, initialize
+    from megatron_sip.model.output_layer import target_log_probs
+
+    group = initialize(ParallelConfig(), seed=0).tp_group
+    known = torch.ones(len(targets)) if way == "linear" else None
+    return target_log_probs(hidden, weight, targets, len(weight), group, known)
+
+
+def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak beyond the start in bytes, CPU seconds, and a checksum of the gradient."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    hidden = torch.randn(options.positions, options.hidden).to(dtype).requires_grad_()
+    weight = (torch.randn(options.vocab_size, options.hidden) * 0.02).to(dtype).requires_grad_()
+    weight.main_grad = torch.ones(weight.shape)  # type: ignore[attr-defined]
+    targets = torch.randint(0, options.vocab_size, (options.positions,))
+    _log_probs(way, hidden[:1], weight, targets[:1])  # libraries load what they load
+    before, started = _peak_bytes(), time.process_time()
+    log_probs = _log_probs(way, hidden, weight, targets)
+    log_probs.sum().backward()
+    if way == "full":  # as DDP's hook does
+        assert weight.grad is not None
+        weight.main_grad += weight.grad  # type: ignore[attr-defined]
+    took_s = time.process_time() - started
+    assert hidden.grad is not None
+    return {
+        "way": way,
+        "extra_bytes": _peak_bytes() - before,
+        "cpu_s": took_s,
+        "log_prob": float(log_probs.detach().mean()),
+        "gradient_norm": float(hidden.grad.float().norm()),
+        "weight_gradient_sum": float((weight.main_grad - 1).abs().sum()),  # type: ignore[attr-defined]
+    }
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measures all ways."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=int, default=2048, help="16 candidates of 128 tokens")
+    parser.add_argument("--vocab-size", type=int, default=128256)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--json", help="file for the results")
+    options = parser.parse_args()
+    logits = options.positions * options.vocab_size * 4
+    print(f"{machine()}\n{options.positions} positions, vocabulary {options.vocab_size}, hidden {options.hidden}, "
+          f"{options.precision}; full float32 logits: {logits / 2**20:.0f} MiB", flush=True)  # fmt: skip
+    rows = []
+    for way in WAYS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = pool.apply(measure, (way, options))
+        row["of_full_logits"] = row["extra_bytes"] / logits
+        print(f"{way:8} {row['extra_bytes'] / 2**20:8.0f} MiB = {row['of_full_logits']:.3f} of the logits, "
+              f"{row['cpu_s']:6.1f} CPU s, log-prob {row['log_prob']:.5f}, norms {row['gradient_norm']:.5f} "
+              f"{row['weight_gradient_sum']:.1f}", flush=True)  # fmt: skip
+        rows.append(row)
+    report(options.json, rows, vars(options))
+
+
+if __name__ == "__main__":
+    main()
