@@ -21,7 +21,8 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """inputs [..., i] times weight [o, i] transposed (+ bias [o]) -> [..., o], on any device; both may be transposed
     views. Not differentiable where it takes oneDNN: for use inside autograd functions and without gradients."""
-    if _HAS_ONEDNN and inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32:
+    on_cpu = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
+    if _HAS_ONEDNN and on_cpu and inputs.numel() and weight.numel():  # it refuses empty ones
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return result
     return F.linear(inputs, weight, bias)
