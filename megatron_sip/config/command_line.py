@@ -20,7 +20,7 @@ from megatron_sip.errors import ConfigurationError
 
 _RESERVED = {"--config", "--print-config", "--help", "--version"}
 _MAX_WIDTH = 120
-_NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan")
+_NEGATIVE_NUMBER = re.compile(r"(-(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan)$")
 """What argparse takes for a value in place of a flag; its own pattern (before Python 3.14) lacks exponents."""
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         if problem.startswith("ignored explicit argument"):
             problem = f"a switch takes no value, not {problem.removeprefix('ignored explicit argument ')}; leave it out"
         elif problem.startswith("expected one argument"):
-            problem = "expected one value after it, or --flag=VALUE where the value begins with a dash"
+            problem = "expected one argument after it (--flag=VALUE where the value begins with a dash)"
         raise ConfigurationError(f"{flag}: {problem}" if problem else flag)
 
 

@@ -106,7 +106,7 @@ def _coerce_scalar(value: Any, annotation: Any, textual: bool) -> Any:
 
 def _float(number: int | float, value: Any) -> float:
     # No option has a use for NaN, which every comparison of a validation lets pass, nor for infinity.
-    if isinstance(number, int) and abs(number) > sys.float_info.max or not math.isfinite(number):
+    if (isinstance(number, int) and abs(number) > sys.float_info.max) or not math.isfinite(number):
         raise MismatchError("a finite number", value)
     return float(number)
 
