@@ -9,7 +9,10 @@ class SIPError(Exception):
 
 
 class ConfigurationError(SIPError):
-    """A flag, a recipe or a combination of them that cannot work."""
+    """A flag, a recipe or a combination of them that cannot work. One line, whatever the values that it quotes hold."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\\n".join(message.splitlines()))
 
 
 class DataError(SIPError):

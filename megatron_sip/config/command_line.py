@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from megatron_sip.errors import ConfigurationError
 
 _RESERVED = {"--config", "--print-config", "--help", "--version"}
 _MAX_WIDTH = 120
+_NEGATIVE_NUMBER = re.compile(r"(-(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan)$")
+"""What argparse takes for a value in place of a flag; its own pattern (before Python 3.14) lacks exponents."""
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -35,8 +38,17 @@ class CommandLine:
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ours: one line, no usage text."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = _NEGATIVE_NUMBER
+
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(message.removeprefix("argument "))
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem.startswith("ignored explicit argument"):
+            problem = f"a switch takes no value, not {problem.removeprefix('ignored explicit argument ')}; leave it out"
+        elif problem.startswith("expected one argument"):
+            problem = "expected one argument after it (--flag=VALUE where the value begins with a dash)"
+        raise ConfigurationError(f"{flag}: {problem}" if problem else flag)
 
 
 class _Help(argparse.HelpFormatter):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import math
+import sys
 import types
 from collections.abc import Mapping
 from enum import Enum
@@ -98,12 +100,24 @@ def _coerce_scalar(value: Any, annotation: Any, textual: bool) -> Any:
     if annotation in (int, float) and not isinstance(value, bool):
         number = _number(value) if textual else value
         if isinstance(number, (int, float)):
-            if annotation is float:
-                return float(number)
-            # 1e6 is how people write a million; 1.5 is a mistake.
-            if isinstance(number, int) or number.is_integer():
-                return int(number)
+            return _float(number, value) if annotation is float else _int(number, value)
     raise MismatchError(describe(annotation), value)
+
+
+def _float(number: int | float, value: Any) -> float:
+    # No option has a use for NaN, which every comparison of a validation lets pass, nor for infinity.
+    if (isinstance(number, int) and abs(number) > sys.float_info.max) or not math.isfinite(number):
+        raise MismatchError("a finite number", value)
+    return float(number)
+
+
+def _int(number: int | float, value: Any) -> int:
+    # 1e6 is how people write a million; 1.5 is a mistake.
+    if isinstance(number, float) and not number.is_integer():
+        raise MismatchError(describe(int), value)
+    if abs(number) >= 2**63:
+        raise MismatchError("a whole number of at most 63 bits", value)
+    return int(number)
 
 
 def _number(word: Any) -> int | float | None:

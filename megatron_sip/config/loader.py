@@ -200,6 +200,9 @@ def _unknown_key(name: str, schema: Schema, source: str, section: str | None) ->
 
 
 def _convert(value: Any, option: Option, label: str, *, textual: bool) -> Any:
+    if value == "" and option.default != "":
+        # What an unset variable of a launch script leaves; as a path it would mean the working directory.
+        raise ConfigurationError(f"{label} is empty: give a value, or leave it out")
     try:
         return check_choices(coerce(value, option.annotation, textual=textual), option.choices)
     except MismatchError as error:

@@ -52,7 +52,11 @@ for _class in (_Loader, _Dumper):
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = node.value.replace("_", "")
-    return int(text, 16) if text.startswith("0x") else int(text)  # 010 is ten, not eight
+    try:
+        return int(text, 16) if text.startswith("0x") else int(text)  # 010 is ten, not eight
+    except ValueError:  # more digits than Python reads
+        problem = f"a number of {len(text)} digits"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)

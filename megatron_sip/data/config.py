@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,8 @@ class DataConfig:
             raise ConfigurationError(
                 f"--min-suffix-length {self.min_suffix_length}: must be 1 to --suffix-length {self.suffix_length}"
             )
+        if self.data_seed is not None and self.data_seed < 0:
+            raise ConfigurationError(f"--data-seed is {self.data_seed}: give 0 or more, or leave it out")
         if self.sample_cut not in ("chunk", "random"):
             raise ConfigurationError(f"--sample-cut {self.sample_cut}: choose chunk or random")
         for name in ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path"):
@@ -87,8 +90,9 @@ def parse_blend(values: Sequence[str], flag: str = "--data-path") -> tuple[tuple
     if len(weights) != len(paths) or None in weights or any(_number(path) is not None for path in paths):
         raise ConfigurationError(f"{flag} {' '.join(values)}: write 'weight path weight path ...'")
     numbers = tuple(weight for weight in weights if weight is not None)
-    if min(numbers) <= 0:
-        raise ConfigurationError(f"{flag}: weight {min(numbers)} must be above 0; leave the corpus out instead")
+    for number in numbers:
+        if not 0 < number < math.inf:
+            raise ConfigurationError(f"{flag}: weight {number} must be a number above 0; leave the corpus out instead")
     return tuple(paths), numbers
 
 

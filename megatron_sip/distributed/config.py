@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
 
+_LONGEST_TIMEOUT = 7 * 24 * 60
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -36,6 +38,11 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{_flag(name)} is {getattr(self, name)}: give a number of at least 1.")
+        if self.distributed_timeout_minutes > _LONGEST_TIMEOUT:
+            raise ConfigurationError(
+                f"--distributed-timeout-minutes is {self.distributed_timeout_minutes}: give at most {_LONGEST_TIMEOUT} "
+                "(a week)."
+            )
         if self.context_parallel_size != 1:
             raise ConfigurationError(
                 f"--context-parallel-size is {self.context_parallel_size}, but context parallelism is not supported: "

@@ -103,11 +103,13 @@ class ModelConfig:
                 f"--attention-dropout {self.attention_dropout} and --hidden-dropout {self.hidden_dropout} must be 0: "
                 "log-probs of policy, reference and rollouts are compared with each other. Leave both out."
             )
-        if self.recompute_num_layers < 1 or self.make_vocab_size_divisible_by < 1:
-            raise ConfigurationError(
-                f"--recompute-num-layers {self.recompute_num_layers} and --make-vocab-size-divisible-by "
-                f"{self.make_vocab_size_divisible_by} must be at least 1."
-            )
+        for name in ("recompute_num_layers", "make_vocab_size_divisible_by"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1.")
+        if self.init_method_std <= 0:
+            raise ConfigurationError(f"--init-method-std is {self.init_method_std}: give a number above 0.")
+        if self.use_rope_scaling:
+            self._validate_rope_scaling()
 
     def validate_tensor_parallel(self, tensor_model_parallel_size: int) -> None:
         """Checks that the architecture divides into tensor-parallel ranks.
@@ -122,6 +124,36 @@ class ModelConfig:
                     f"--{name.replace('_', '-')} {getattr(a, name)} is not divisible by --tensor-model-parallel-size "
                     f"{tensor_model_parallel_size}: change one of them."
                 )
+
+    def validate_recompute(self, stage_layers: int) -> None:
+        """Checks what is recomputed against the layers of a (virtual) pipeline stage.
+
+        Raises:
+            ConfigurationError: chunks do not divide the stage, which Megatron finds out in the first forward pass.
+        """
+        n = self.recompute_num_layers
+        if self.recompute_granularity != "full" or n == 1:
+            return
+        if n > stage_layers or (self.recompute_method == "uniform" and stage_layers % n):
+            raise ConfigurationError(
+                f"--recompute-num-layers {n} does not fit the {stage_layers} layers of a pipeline stage: choose a "
+                "divisor (uniform), or no more than they are (block)."
+            )
+
+    def _validate_rope_scaling(self) -> None:
+        for name in (
+            "rope_scaling_factor",
+            "rope_low_freq_factor",
+            "rope_high_freq_factor",
+            "rope_original_max_position_embeddings",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a number above 0.")
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ConfigurationError(
+                f"--rope-low-freq-factor {self.rope_low_freq_factor} must be below --rope-high-freq-factor "
+                f"{self.rope_high_freq_factor}: between them the slowing is blended."
+            )
 
     def _rope_scaling(self) -> RopeScaling:
         return RopeScaling(

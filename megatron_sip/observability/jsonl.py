@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,8 +24,9 @@ class StepLines:
         if self._stream is None:
             end_last_line(self.path)
             self._stream = self.path.open("a", encoding="utf-8")
-        self._stream.write(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n")
-        self._stream.flush()
+        with naming(self.path):
+            self._stream.write(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+            self._stream.flush()
 
     def drop_after(self, step: int) -> int:
         """Remove lines beyond ``step`` and a last line cut off by a crash; returns how many. The file is replaced in
@@ -51,6 +53,17 @@ class StepLines:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it an OSError says that it is about ``path``; those of writes to an open file name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_steps(path: Path) -> Iterator[dict[str, Any]]:

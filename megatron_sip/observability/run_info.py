@@ -11,7 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_sip.observability.jsonl import naming
+
 RUN_FILE = "run.json"
+
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sentencepiece", "tiktoken", "numpy")
 
 
@@ -32,7 +35,8 @@ def write_run_info(run_dir: str, config: Mapping[str, Any], extra: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     content = {"versions": package_versions(), "facts": dict(extra or {}), "config": dict(config)}
     temporary = folder / (RUN_FILE + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    with naming(temporary):
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(temporary, folder / RUN_FILE)
 
 

@@ -10,6 +10,9 @@ from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, IntArra
 
 _SYNTAX = "a comma-separated list of suffix, rewrite and rollout:K, such as suffix,rewrite,rollout:16"
 
+_MAX_ROLLOUTS = 4096
+"""Of one prefix; far beyond what is of use (the paper's most is 16), and what a mistyped number would exceed."""
+
 
 @dataclass(frozen=True)
 class CandidatePool:
@@ -61,8 +64,8 @@ def _parse_entry(entry: str, text: str) -> tuple[CandidateKind, int]:
         return kind, 1
     if kind is not CandidateKind.ROLLOUT:
         raise ConfigurationError(f"--candidates {text!r}: a prefix has one {name}, so drop {colon + number!r}.")
-    if not (number.isascii() and number.isdigit() and int(number) > 0):
-        raise ConfigurationError(f"--candidates {text!r}: {entry!r} needs a positive number of rollouts.")
+    if not (number.isascii() and number.isdigit() and 0 < int(number[:9]) <= _MAX_ROLLOUTS):
+        raise ConfigurationError(f"--candidates {text!r}: {entry!r} needs 1 to {_MAX_ROLLOUTS} rollouts.")
     return kind, int(number)
 
 

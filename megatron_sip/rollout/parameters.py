@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from megatron_sip.errors import ConfigurationError
 
+_LOWEST_TEMPERATURE = 1e-4
+"""Logits divided by less leave float32's range."""
+
 
 @dataclass(frozen=True)
 class SamplingParameters:
@@ -17,8 +20,10 @@ class SamplingParameters:
 
     def validate(self) -> None:
         """Raises ConfigurationError for a value that cannot work."""
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigurationError(f"--rollout-temperature is {self.temperature}: give 0 (greedy) or more.")
+        if not (self.temperature == 0.0 or _LOWEST_TEMPERATURE <= self.temperature < float("inf")):
+            raise ConfigurationError(
+                f"--rollout-temperature is {self.temperature}: give 0 (greedy), or {_LOWEST_TEMPERATURE} or more."
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigurationError(f"--rollout-top-p is {self.top_p}: give a share above 0 and up to 1.")
         if self.top_k < 0:

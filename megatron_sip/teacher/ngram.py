@@ -178,8 +178,11 @@ class NgramModel:
                     tokenizer_fingerprint=str(file["tokenizer_fingerprint"]),
                     num_tokens=int(file["num_tokens"]),
                 )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"judge model {path} cannot be read ({error}): {remedy}") from error
+        except OSError as error:
+            raise DataError(f"judge model {path} cannot be read ({error.strerror or error}): {remedy}") from error
+        except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            # NumPy takes a foreign file for a pickle, and would tell its reader to load it unsafely.
+            raise DataError(f"judge model {path} is not one of ours, or is cut off: {remedy}") from error
 
 
 def fit_ngrams(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_sip.checkpoint.layout import resolve
 from megatron_sip.curriculum import Curriculum
 from megatron_sip.data.config import parse_blend
+from megatron_sip.engine import LearningRate
 from megatron_sip.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -77,12 +79,14 @@ def uses_rewriter(config: TrainConfig) -> bool:
 
 
 def find_missing(config: TrainConfig) -> list[str]:
-    """What the run needs and this machine lacks: files, packages, checkpoints. One line each."""
+    """What the run needs and this machine lacks: files, packages, checkpoints, places to write. One line each."""
     return [
         *_missing_corpora(config),
         *_missing_tokenizer(config),
+        *_missing_kernels(config),
         *_missing_teacher(config),
         *_missing_checkpoints(config),
+        *_unwritable(config),
     ]
 
 
@@ -105,7 +109,8 @@ def _trains_on_suffixes(config: TrainConfig) -> bool:
 def _check_model(config: TrainConfig) -> None:
     model, parallel = config.model.resolve(), config.parallel
     config.model.validate_tensor_parallel(parallel.tensor_model_parallel_size)
-    parallel.num_virtual_stages(model.num_layers)
+    virtual_stages = parallel.num_virtual_stages(model.num_layers) or 1
+    config.model.validate_recompute(model.num_layers // parallel.pipeline_model_parallel_size // virtual_stages)
     if config.data.seq_length > model.max_position_embeddings:
         raise ConfigurationError(
             f"--seq-length {config.data.seq_length} is more than the {model.max_position_embeddings} positions of the "
@@ -114,13 +119,8 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _check_schedule(config: TrainConfig) -> None:
-    engine, training = config.engine, config.training
-    decay_iters = engine.lr_decay_iters or training.train_iters
-    if engine.lr_decay_style != "constant" and engine.lr_warmup_iters >= decay_iters:
-        raise ConfigurationError(
-            f"--lr-warmup-iters {engine.lr_warmup_iters} leaves nothing of the {decay_iters} iterations of the "
-            "schedule (--lr-decay-iters, else --train-iters): lower it"
-        )
+    training = config.training
+    LearningRate.of(config.engine, training.train_iters)
     longest = config.rollout.rollout_max_new_tokens
     if longest is not None and longest > config.data.suffix_length:
         raise ConfigurationError(
@@ -151,14 +151,14 @@ def _check_data(config: TrainConfig) -> None:
             "probes (--probe-interval, or a phase that waits for a win rate) need held-out prefixes: give "
             "--valid-data-path"
         )
-    trained = set(parse_blend(data.data_path)[0])
+    trained = {os.path.realpath(path) for path in parse_blend(data.data_path)[0]}
     for name in _PATH_OPTIONS[1:]:
         flag = f"--{name.replace('_', '-')}"
-        shared = trained.intersection(parse_blend(getattr(data, name), flag)[0])
-        if shared:
-            raise ConfigurationError(
-                f"{flag} {min(shared)} is also in --data-path: split the corpus, or what is learned is what is tested"
-            )
+        for path in parse_blend(getattr(data, name), flag)[0]:
+            if os.path.realpath(path) in trained:
+                raise ConfigurationError(
+                    f"{flag} {path} is also in --data-path: split the corpus, or what is learned is what is tested"
+                )
 
 
 def _check_candidates(config: TrainConfig) -> None:
@@ -174,6 +174,11 @@ def _check_candidates(config: TrainConfig) -> None:
         raise ConfigurationError(
             f"--candidates {pool} leaves a judge nothing to choose from: name at least 2, or learn from the one by "
             f"--preference-rule {min(kinds)}"
+        )
+    if pool.num_rollouts > 1 and config.rollout.sampling.greedy:
+        raise ConfigurationError(
+            f"--rollout-temperature 0 makes the {pool.num_rollouts} rollouts of --candidates {pool} the same: give "
+            "rollout:1, or a temperature above 0"
         )
 
 
@@ -223,6 +228,9 @@ def _missing_corpora(config: TrainConfig) -> Iterator[str]:
     for name in _PATH_OPTIONS:
         flag = f"--{name.replace('_', '-')}"
         for prefix in parse_blend(getattr(config.data, name), flag)[0]:
+            if Path(prefix).suffix in (".bin", ".idx") and Path(prefix).is_file():
+                yield f"{flag} {prefix}: give the path without {Path(prefix).suffix}, which names both files"
+                continue
             for suffix in (".bin", ".idx"):
                 if not Path(prefix + suffix).is_file():
                     yield f"{flag}: no file {prefix}{suffix}; write it with tools/preprocess_data.py"
@@ -234,9 +242,22 @@ def _missing_tokenizer(config: TrainConfig) -> Iterator[str]:
     if package is not None and importlib.util.find_spec(package) is None:
         yield f"--tokenizer-type {tokenizer.tokenizer_type}: package {package} is not installed; pip install {package}"
     path = tokenizer.tokenizer_model if tokenizer.tokenizer_type != "NullTokenizer" else None
+    if path is None:
+        return
+    if tokenizer.tokenizer_type != "HuggingFaceTokenizer":
+        if not Path(path).is_file():
+            yield f"--tokenizer-model: no file {path}"
     # A Hugging Face tokenizer may also be a name that its library knows.
-    if path is not None and tokenizer.tokenizer_type != "HuggingFaceTokenizer" and not Path(path).is_file():
-        yield f"--tokenizer-model: no file {path}"
+    elif path.startswith(("/", "./", "../", "~")) and not Path(path).exists():
+        yield f"--tokenizer-model: nothing at {path}"
+
+
+def _missing_kernels(config: TrainConfig) -> Iterator[str]:
+    if config.model.transformer_impl == "transformer_engine" and not importlib.util.find_spec("transformer_engine"):
+        yield (
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; use NVIDIA's PyTorch image, "
+            "or --transformer-impl auto"
+        )
 
 
 def _missing_teacher(config: TrainConfig) -> Iterator[str]:
@@ -255,17 +276,40 @@ def _missing_teacher(config: TrainConfig) -> Iterator[str]:
 def _missing_checkpoints(config: TrainConfig) -> Iterator[str]:
     checkpoint = config.checkpoint
     wanted = []
-    if checkpoint.load is not None and (
-        checkpoint.finetune or checkpoint.exit_on_missing_checkpoint or checkpoint.ckpt_step is not None
-    ):
-        wanted.append(("--load", checkpoint.load, checkpoint.ckpt_step))
+    if checkpoint.load is not None:
+        required = checkpoint.finetune or checkpoint.exit_on_missing_checkpoint or checkpoint.ckpt_step is not None
+        wanted.append(("--load", checkpoint.load, checkpoint.ckpt_step, required))
     if checkpoint.pretrained_checkpoint is not None:
-        wanted.append(("--pretrained-checkpoint", checkpoint.pretrained_checkpoint, None))
-    for flag, directory, step in wanted:
+        wanted.append(("--pretrained-checkpoint", checkpoint.pretrained_checkpoint, None, True))
+    for flag, directory, step, required in wanted:
         try:
             found = resolve(Path(directory), step)
         except CheckpointError as error:
             yield f"{flag}: {error}"
+        except OSError as error:
+            yield f"{flag}: {directory} cannot be read ({error.strerror}): give the directory of a run's checkpoints"
         else:
-            if found is None:
+            if found is None and required:
                 yield f"{flag}: no checkpoint in {directory}"
+
+
+def _unwritable(config: TrainConfig) -> Iterator[str]:
+    """Folders of results that cannot be made, or written to: a run should not find out at its first save."""
+    observability = config.observability
+    folders = {
+        "--save": config.checkpoint.save,
+        "--run-dir": observability.run_dir,
+        "--tensorboard-dir": observability.tensorboard_dir,
+    }
+    if config.teacher.judge_ledger:
+        folders["--judge-ledger"] = str(Path(config.teacher.judge_ledger).parent)
+    for flag, folder in folders.items():
+        if folder is None:
+            continue
+        there = Path(folder).absolute()
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            yield f"{flag}: {folder} cannot be a directory, as {there} is a file; give another path"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            yield f"{flag}: {folder} cannot be written, as {there} is not ours to write in; give another path"

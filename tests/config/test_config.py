@@ -139,7 +139,6 @@ def test_yaml_takes_sections_flat_keys_and_dashes(tmp_path: Path) -> None:
         ("3", 3.0),
         (".5", 0.5),
         ("1_000", 1000.0),
-        (".inf", float("inf")),
     ],
 )
 def test_numbers_of_yaml_are_numbers(text: str, value: float, tmp_path: Path) -> None:
@@ -311,3 +310,45 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         load(Root, ["--version"], version="program 1.2.3")
     assert capsys.readouterr().out == "program 1.2.3\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--lr", "nan"], "--lr must be a finite number, not 'nan'"),
+        (["--lr", "-inf"], "--lr must be a finite number"),
+        (["--lr", "1e400"], "--lr must be a finite number"),
+        (["--lr", "9" * 400], "--lr must be a finite number"),
+        (["--train-iters", "1e30"], "--train-iters must be a whole number of at most 63 bits"),
+        (["--train-iters", "9" * 5000], "--train-iters must be a whole number"),
+        (["--train-iters", "nan"], "--train-iters must be a whole number"),
+        (["--train-iters="], "--train-iters is empty: give a value"),
+        (["--lr", "-1e-3x"], "--lr: expected one argument after it (--flag=VALUE"),
+        (["--bf16=false"], "--bf16: a switch takes no value, not 'false'"),
+        (["--level", "a\nb"], "not 'a\\nb'"),
+    ],
+)
+def test_values_that_no_option_can_use_are_refused_by_the_machinery(argv: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(Root, argv)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_negative_numbers_with_an_exponent_are_values_and_no_flags() -> None:
+    with pytest.raises(ConfigurationError, match=r"--lr is -0\.001: must be positive"):
+        load(Root, ["--lr", "-1e-3"])
+
+
+@pytest.mark.parametrize(("text", "said"), [(".nan", "a finite number"), (".inf", "a finite number")])
+def test_numbers_of_yaml_are_finite(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        load(Root, ["--config", recipe(tmp_path, f"lr: {text}")])
+
+
+def test_a_number_of_yaml_longer_than_python_reads_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"line 1: not valid YAML: a number of 5000 digits"):
+        load(Root, ["--config", recipe(tmp_path, "lr: " + "9" * 5000)])
+
+
+def test_a_message_is_one_line_whatever_it_quotes() -> None:
+    assert str(ConfigurationError("no file a\nb")) == "no file a\\nb"

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_sip.config.schema import read_schema
 from megatron_sip.train.config import TrainConfig, load_train_config
@@ -96,3 +97,21 @@ def test_the_launcher_turns_its_variables_into_flags_and_counts_the_ranks(tmp_pa
         "--pretrained-checkpoint weights --lr 1e-6 --dry-run --dry-run-world-size 32"
     )
     assert said.stdout.replace("\n", " ").strip() == expected
+
+
+def test_the_launcher_gives_ranks_the_time_to_save_that_torchrun_would_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = tmp_path / "torchrun"
+    stub.write_text("#!/bin/sh\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
+    stub.chmod(0o755)
+    variables = {key: value for key, value in os.environ.items() if key != "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    command = ["bash", str(EXAMPLES / "launch.sh"), "examples/recipes/quickstart.yaml"]
+    said = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip()
+    assert float(said) == 270
+    # What torchrun builds of it, in the torch that is installed: 30 s without the variable.
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 30
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", said)
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 270

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sip.config import to_yaml
+from megatron_sip.config.schema import read_schema
 from megatron_sip.config.yaml_text import parse_yaml
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.train.checks import check_layout, find_missing, require_present, uses_judge, uses_rewriter
@@ -99,6 +100,23 @@ def test_the_printed_configuration_gives_itself_back() -> None:
         ({"finetune": True}, ["--finetune", "add --load DIR"]),
         ({"ckpt_step": 5}, ["--ckpt-step 5", "add --load DIR"]),
         ({"save_interval": 5}, ["--save-interval 5", "add --save DIR"]),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 101}, ["--lr-wsd-decay-iters 101", "100 iterations"]),
+        ({"recompute_granularity": "full", "num_layers": 4, "recompute_num_layers": 3},
+         ["--recompute-num-layers 3", "4 layers", "divisor"]),
+        ({"recompute_granularity": "full", "num_layers": 4, "pipeline_model_parallel_size": 2,
+          "recompute_method": "block", "recompute_num_layers": 3}, ["--recompute-num-layers 3", "2 layers"]),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 0}, ["--rope-scaling-factor is 0", "above 0"]),
+        ({"use_rope_scaling": True, "rope_low_freq_factor": 4.0}, ["--rope-low-freq-factor 4.0", "below"]),
+        ({"init_method_std": -1}, ["--init-method-std is -1", "above 0"]),
+        ({"rollout_temperature": 1e-9}, ["--rollout-temperature is 1e-09", "greedy"]),
+        ({"rollout_temperature": 0, "candidates": "suffix,rollout:4"}, ["--rollout-temperature 0", "rollout:1"]),
+        ({"candidates": "rollout:1000000000"}, ["rollout:1000000000", "1 to 4096"]),
+        ({"data_path": ["nan", "a", "1", "b"]}, ["--data-path", "weight nan"]),
+        ({"data_path": ["inf", "a", "1", "b"]}, ["--data-path", "weight inf"]),
+        ({"valid_data_path": ["./x/../corpus"]}, ["--valid-data-path ./x/../corpus is also in --data-path"]),
+        ({"data_seed": -1}, ["--data-seed is -1", "0 or more"]),
+        ({"distributed_timeout_minutes": 10**9}, ["--distributed-timeout-minutes is 1000000000", "at most"]),
+        ({"save": ""}, ["save is empty", "leave it out"]),
     ],
 )  # fmt: skip
 def test_sections_that_do_not_fit_are_one_line_with_value_and_remedy(changes: dict[str, Any], words: list[str]) -> None:
@@ -190,3 +208,50 @@ def test_what_is_missing_on_disk_is_listed_with_its_flag(tmp_path: Path) -> None
     assert find_missing(pretrained) == [f"--pretrained-checkpoint: no checkpoint in {tmp_path / 'nowhere'}"]
     no_judge = replace(chosen, teacher=replace(chosen.teacher, judge_model=str(tmp_path / "none.npz")))
     assert find_missing(no_judge) == [f"--judge-model: no file {tmp_path / 'none.npz'}; fit it with tools/fit_judge.py"]
+
+
+def test_places_that_cannot_be_written_and_files_in_place_of_folders_are_found_before_the_start(tmp_path: Path) -> None:
+    for name in ("corpus.bin", "corpus.idx", "held_out.bin", "held_out.idx", "tokenizer.model", "judge.npz", "file"):
+        (tmp_path / name).touch()
+    file = str(tmp_path / "file")
+    present = config(
+        data_path=[str(tmp_path / "corpus")],
+        valid_data_path=[str(tmp_path / "held_out")],
+        tokenizer_model=str(tmp_path / "tokenizer.model"),
+        judge_model=str(tmp_path / "judge.npz"),
+    )
+    assert find_missing(present) == []
+
+    def missing(**changes: Any) -> list[str]:
+        sections = {name: replace(getattr(present, name), **change) for name, change in changes.items()}
+        return find_missing(replace(present, **sections))
+
+    cannot = f"cannot be a directory, as {file} is a file; give another path"
+    assert missing(checkpoint={"save": f"{file}/a/b"}) == [f"--save: {file}/a/b {cannot}"]
+    assert missing(observability={"run_dir": file}) == [f"--run-dir: {file} {cannot}"]
+    assert missing(observability={"tensorboard_dir": f"{file}/tb"}) == [f"--tensorboard-dir: {file}/tb {cannot}"]
+    assert missing(teacher={"judge_ledger": f"{file}/ledger"}) == [f"--judge-ledger: {file} {cannot}"]
+    for field, flag in (("load", "--load"), ("pretrained_checkpoint", "--pretrained-checkpoint")):
+        [line] = missing(checkpoint={field: file})
+        assert line.startswith(f"{flag}: {file} cannot be read (Not a directory)")
+    [line] = missing(data={"data_path": (str(tmp_path / "corpus.bin"),)})
+    assert line == f"--data-path {tmp_path}/corpus.bin: give the path without .bin, which names both files"
+    [line] = missing(tokenizer={"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "/nowhere/at/all"})
+    assert line == "--tokenizer-model: nothing at /nowhere/at/all"
+    assert missing(checkpoint={"save": str(tmp_path / "new" / "folder")}) == []
+
+
+HOSTILE = (float("nan"), float("inf"), -1, 0, 1e18, 10**30, "", "x", "a\nb", [], ["x"], {"x": 1}, None, True)
+
+
+@pytest.mark.parametrize("section", [section.name for section in read_schema(TrainConfig).sections])
+def test_whatever_an_option_is_given_the_answer_is_a_configuration_or_one_line_that_names_it(section: str) -> None:
+    answers = 0
+    for option in next(s for s in read_schema(TrainConfig).sections if s.name == section).options:
+        for value in HOSTILE:
+            try:
+                train_config_from({**COMPLETE, option.name: value})
+            except ConfigurationError as error:
+                answers += 1
+                assert "\n" not in str(error) and len(str(error)) > 20, (option.name, value)
+    assert answers > 5

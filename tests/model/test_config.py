@@ -68,7 +68,7 @@ def test_overrides_win_over_the_preset_and_heads_follow() -> None:
         ({"num_layers": 0}, "--num-layers is 0"),
         ({"num_attention_heads": 4, "num_query_groups": 3}, "--num-query-groups 3"),
         ({"kv_channels": 7}, "--kv-channels is 7"),
-        ({"recompute_num_layers": 0}, "--recompute-num-layers 0"),
+        ({"recompute_num_layers": 0}, "--recompute-num-layers is 0"),
         ({"hidden_dropout": 0.1}, "--hidden-dropout 0.1 must be 0"),
     ],
 )

@@ -2,10 +2,13 @@
 
 import json
 import math
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_sip.observability.jsonl import StepLines
 from megatron_sip.observability.metrics import MetricsLog
 
 
@@ -81,3 +84,12 @@ def test_tensorboard_hides_steps_beyond_the_checkpoint_after_a_resume(tmp_path):
     resumed.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("lm loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_full_disk_is_reported_with_the_file() -> None:
+    full = StepLines(Path("/dev/full"))
+    full._stream = full.path.open("w")
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        full.append({"step": 1})
+    with suppress(OSError):  # what is left in the buffer
+        full.close()

@@ -106,7 +106,7 @@ def test_a_broken_or_missing_model_file_is_named(tmp_path):
         NgramModel.load(path)
     toy().save(path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"judge\.npz cannot be read"):
+    with pytest.raises(DataError, match=r"judge\.npz is not one of ours, or is cut off"):
         NgramModel.load(path)
 
 
