@@ -1,4 +1,4 @@
-"""Preferences -> micro-batches of shared-prefix rows, alike but for their prefix blocks (shapes: ``megatron_sip.types``)."""
+"""Preferences -> micro-batches of shared-prefix rows, alike but for their prefix blocks (see ``types.py``)."""
 
 from __future__ import annotations
 
