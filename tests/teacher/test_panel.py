@@ -17,6 +17,7 @@ from megatron_sip.teacher.interfaces import (
 from megatron_sip.teacher.ledger import Ledger
 from megatron_sip.teacher.panel import Panel, PanelSettings
 from megatron_sip.teacher.rewriter import CopyRewriter
+from megatron_sip.teacher.sources import Recording
 
 NAN = math.nan
 WEIGHTS = {"quality": 1.0, "safety": 2.0, "factuality": 0.0}
@@ -145,9 +146,9 @@ def test_a_judge_that_says_first_every_time_gains_nothing_from_random_order():
 def test_the_ledger_answers_repeated_questions_vote_by_vote(tmp_path):
     first, second = ByValue(), ByValue()
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    before = judge(Panel(first, [Even()], CopyRewriter(), settings(votes=3), ledger), make_group(5, 8, 2))
+    before = judge(Panel(first, [Even()], CopyRewriter(), settings(votes=3), Recording(ledger)), make_group(5, 8, 2))
     assert (before.num_cached, ledger.count()) == (0, 3 * 3 + 3 * 3)
-    after = judge(Panel(second, [Even()], CopyRewriter(), settings(votes=5), ledger), make_group(5, 8, 2))
+    after = judge(Panel(second, [Even()], CopyRewriter(), settings(votes=5), Recording(ledger)), make_group(5, 8, 2))
     assert after.groups[0].scores.tolist() == before.groups[0].scores.tolist()
     assert after.num_cached == 18
     assert [vote for _, vote in second.asked] == [3, 4] * 3
@@ -156,9 +157,11 @@ def test_the_ledger_answers_repeated_questions_vote_by_vote(tmp_path):
 
 def test_a_lost_verdict_is_asked_again_and_never_taken_from_the_ledger(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    lost = judge(Panel(ByValue(lambda f, s, v: NAN), [], CopyRewriter(), settings(), ledger), make_group(5, 8))
+    lost = judge(
+        Panel(ByValue(lambda f, s, v: NAN), [], CopyRewriter(), settings(), Recording(ledger)), make_group(5, 8)
+    )
     assert np.isnan(lost.groups[0].scores).all()
-    found = judge(Panel(ByValue(), [], CopyRewriter(), settings(), ledger), make_group(5, 8))
+    found = judge(Panel(ByValue(), [], CopyRewriter(), settings(), Recording(ledger)), make_group(5, 8))
     assert found.groups[0].scores.tolist() == [0.0, 1.0]
     assert found.num_cached == 0
 

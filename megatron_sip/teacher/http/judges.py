@@ -40,6 +40,19 @@ def request_body(settings: RoleSettings, messages: Sequence[Mapping[str, str]]) 
     return body
 
 
+def identity_of(role: str, settings: RoleSettings) -> JudgeIdentity:
+    """Who answers in a role: its model, and how it is sampled."""
+    sampling = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        "reasoning_effort": settings.reasoning_effort,
+        "structured_output": settings.structured_output,
+        "chat_template_kwargs": dict(settings.chat_template_kwargs),
+    }
+    return JudgeIdentity(f"http-{role}", settings.model, json.dumps(sampling, sort_keys=True, default=str))
+
+
 class HttpJudge:
     """Pairwise (quality, coherence) or pointwise (safety, factuality), by its criterion."""
 
@@ -65,18 +78,7 @@ class HttpJudge:
         """``asked_again``: verdicts asked for once more because a completion held none."""
 
     def identity(self) -> JudgeIdentity:
-        settings = self._settings
-        sampling = {
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "max_tokens": settings.max_tokens,
-            "reasoning_effort": settings.reasoning_effort,
-            "structured_output": settings.structured_output,
-            "chat_template_kwargs": dict(settings.chat_template_kwargs),
-        }
-        return JudgeIdentity(
-            f"http-{self.criterion}", settings.model, json.dumps(sampling, sort_keys=True, default=str)
-        )
+        return identity_of(self.criterion, self._settings)
 
     def prompt_hash(self, question: Question) -> str:
         return prompt_digest(self._messages(question))
