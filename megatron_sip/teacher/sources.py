@@ -97,6 +97,8 @@ class Recording:
         shared = {key: await verdict for key, verdict in theirs.items()}
         # Each time that a failure was met is kept: replay meets it as often.
         self._keep(criterion, identity, context, {k: v for k, v in shared.items() if v.failure}, asked, questions)
+        if kept:
+            self._ledger.add_hits(criterion, identity, context.step, sum(key in kept for key in asked))
         calls = set(new)
         given = []
         for key in asked:
@@ -114,6 +116,7 @@ class Recording:
         identity, key = rewriter.identity(), rewrite_key(rewriter, item)
         kept = self._ledger.find(REWRITER, identity, [key], with_raw=True)
         if key in kept:
+            self._ledger.add_hits(REWRITER, identity, step, 1)
             return rewrite_of(kept[key], item)
         other = self._under_way.get((REWRITER, identity, key))
         if other is not None:

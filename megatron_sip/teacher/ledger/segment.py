@@ -1,7 +1,8 @@
 """One SQLite file of a ledger.
 
 ``judges`` who was asked, ``questions`` one row per prompt and judge, ``votes`` one row per verdict, ``batches`` one row
-per write with its time, step and compressed words, ``passages`` the texts that were judged. The view ``verdicts`` joins
+per write with its time, step and compressed words, ``passages`` the texts that were judged, ``hits``
+how many votes were answered from here. The view ``verdicts`` joins
 them for people with an SQLite shell. Writing is transactional (write-ahead log): a process killed at any moment leaves
 whole batches or nothing of them.
 """
@@ -41,6 +42,9 @@ CREATE TABLE batches (
     id INTEGER PRIMARY KEY, created_s REAL NOT NULL, step INTEGER, sample_id INTEGER NOT NULL,
     passages INTEGER, raw BLOB, lost INTEGER NOT NULL DEFAULT 0
 );
+CREATE TABLE hits (
+    judge INTEGER NOT NULL, step INTEGER NOT NULL, hits INTEGER NOT NULL, PRIMARY KEY (judge, step)
+) WITHOUT ROWID;
 CREATE VIEW verdicts AS
     SELECT j.criterion, j.judge, j.model, j.sampling, hex(q.prompt) AS prompt, b.step, b.sample_id, q.options, v.vote,
         v.score, f.kind AS failure, f.message, v.latency_us / 1e6 AS latency_s, b.created_s, b.lost
@@ -158,6 +162,17 @@ class Segment:
             self._db.execute(
                 "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, 0)",
                 (batch, time.time(), context.step, context.sample_id, passages, compressed(kept) if kept else None),
+            )
+        return True
+
+    def add_hits(self, criterion: str, identity: JudgeIdentity, step: int | None, count: int) -> bool:
+        """Count votes that were answered from the ledger, as ``add`` does. Outside of training the step is -1."""
+        with self._transaction():
+            if self.closed:
+                return False
+            self._db.execute(
+                "INSERT INTO hits VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET hits = hits + excluded.hits",
+                (self._judge(criterion, identity, create=True), -1 if step is None else step, count),
             )
         return True
 

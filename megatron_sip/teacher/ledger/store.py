@@ -66,6 +66,11 @@ class Ledger:
         if self._active.size >= self._limit:
             self._next()
 
+    def add_hits(self, criterion: str, identity: JudgeIdentity, step: int | None, count: int) -> None:
+        """Count votes that were answered from here."""
+        while not self._active.add_hits(criterion, identity, step, count):
+            self._next()
+
     def count(self) -> int:
         """Votes kept, failed ones included."""
         return sum(segment.count() for segment in [*self._full.values(), self._active])
