@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
+import functools
 import json
 import os
 import pstats
@@ -80,8 +81,11 @@ async def client_load(url: str, requests: int, in_flight: int, prefix_characters
     settings = ClientSettings(in_flight, 10.0, 60.0, 60.0, 120.0, 3, 0.5, 30.0, 5, 1.0, 0.0, 0.0)
     client = ChatClient([url], settings)
     prompt = "x" * (prefix_characters + 1200)
-    bodies = ({"model": "m", "messages": [{"role": "user", "content": f"{prompt}{i}"}]} for i in range(requests))
-    answers = await asyncio.gather(*(client.complete(body) for body in bodies))
+
+    def body(number: int) -> dict[str, object]:
+        return {"model": "m", "messages": [{"role": "user", "content": f"{prompt}{number}"}]}
+
+    answers = await asyncio.gather(*(client.complete(functools.partial(body, i)) for i in range(requests)))
     await client.close()
     return sum(hasattr(answer, "choices") for answer in answers)
 

@@ -17,6 +17,7 @@ from megatron_sip.teacher.interfaces import (
 from megatron_sip.teacher.ledger import Ledger
 from megatron_sip.teacher.panel import Panel, PanelSettings
 from megatron_sip.teacher.rewriter import CopyRewriter
+from megatron_sip.teacher.schedule import num_comparisons
 from megatron_sip.teacher.sources import Recording
 
 NAN = math.nan
@@ -203,3 +204,27 @@ def test_requests_reach_a_running_judge_one_after_another_in_order():
     other = Panel(Running(), [], CopyRewriter(), settings())
     other.load_state_dict(panel.state_dict())
     assert other.state_dict() == {"quality": {"observed": 4}}
+
+
+def test_quality_and_coherence_are_both_searched_for_the_ends_of_their_total():
+    class ByParity(ByValue):
+        """Even values are more coherent than odd ones; among equals it is a tie."""
+
+        criterion = "coherence"
+
+        def __init__(self):
+            super().__init__(lambda first, second, vote: 0.5 + (second % 2 - first % 2) / 2)
+
+    values = [7, 2, 9, 4, 16, 11, 5, 0, 13, 3, 8, 1]
+    weights = {"quality": 1.0, "coherence": 4.0}
+    chosen = settings(weights=weights, pair_schedule="best_worst")
+    quality, coherence = ByValue(), ByParity()
+    (verdict,) = judge(Panel(quality, [], CopyRewriter(), chosen, coherence=coherence), make_group(*values)).groups
+    budget = num_comparisons("best_worst", len(values))
+    assert len(quality.asked) <= budget and len(coherence.asked) <= budget
+    assert verdict.num_comparisons == len(quality.asked) + len(coherence.asked) < 2 * 12 * 11 / 2
+    np.testing.assert_allclose(
+        verdict.scores, verdict.criteria["quality"] + 4 * verdict.criteria["coherence"], equal_nan=True
+    )
+    best, worst = values[int(np.nanargmax(verdict.scores))], values[int(np.nanargmin(verdict.scores))]
+    assert best in (16, 8) and worst in (1, 3), "coherence decides, quality breaks its ties"

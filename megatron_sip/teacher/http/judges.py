@@ -89,7 +89,7 @@ class HttpJudge:
         for index, question in enumerate(questions):
             alike[id(question.group), question.options].append(index)
         answers = await asyncio.gather(
-            *(self._votes(self._messages(questions[indices[0]]), len(indices)) for indices in alike.values())
+            *(self._votes(questions[indices[0]], len(indices)) for indices in alike.values())
         )
         verdicts = [Verdict(NAN)] * len(questions)
         for indices, votes in zip(alike.values(), answers, strict=True):
@@ -104,12 +104,13 @@ class HttpJudge:
         values |= {f"option_{number}": text for number, text in enumerate(texts, 1)}
         return self._template.render(values)
 
-    async def _votes(self, messages: Sequence[Mapping[str, str]], count: int) -> list[Verdict]:
+    def _body(self, question: Question) -> dict[str, Any]:
+        body = request_body(self._settings, self._messages(question))
+        return body | (self._format.structured if self._settings.structured_output else {})
+
+    async def _votes(self, question: Question, count: int) -> list[Verdict]:
         """``count`` samples of one prompt; those without a verdict are drawn again a few times."""
-        body = request_body(self._settings, messages)
-        if self._settings.structured_output:
-            body |= self._format.structured
-        verdicts = await self._draw(body, count)
+        verdicts = await self._draw(question, count)
         for _ in range(self._parse_attempts - 1):
             again = [
                 i for i, (verdict, drawn) in enumerate(verdicts) if drawn and kind_of(verdict.failure) in _ASK_AGAIN
@@ -117,15 +118,15 @@ class HttpJudge:
             if not again:
                 break
             self.counts["asked_again"] += len(again)
-            for index, new in zip(again, await self._draw(body, len(again)), strict=True):
+            for index, new in zip(again, await self._draw(question, len(again)), strict=True):
                 verdicts[index] = new
         return [verdict for verdict, _ in verdicts]
 
-    async def _draw(self, body: Mapping[str, Any], count: int) -> list[tuple[Verdict, bool]]:
+    async def _draw(self, question: Question, count: int) -> list[tuple[Verdict, bool]]:
         """``count`` verdicts, each with whether a completion came at all."""
         start = time.monotonic()
         if count > 1 and self._batch_votes:
-            reply = await self._client.complete({**body, "n": count})
+            reply = await self._client.complete(lambda: {**self._body(question), "n": count})
             if isinstance(reply, Failure):
                 if reply.kind != REJECTED:
                     return [self._failed(reply, start)] * count
@@ -138,12 +139,12 @@ class HttpJudge:
         else:
             choices = ()
         verdicts = [(verdict_of(choice, self._format, time.monotonic() - start), True) for choice in choices]
-        rest = [self._draw_one(body) for _ in range(count - len(verdicts))]
+        rest = [self._draw_one(question) for _ in range(count - len(verdicts))]
         return verdicts + await asyncio.gather(*rest)
 
-    async def _draw_one(self, body: Mapping[str, Any]) -> tuple[Verdict, bool]:
+    async def _draw_one(self, question: Question) -> tuple[Verdict, bool]:
         start = time.monotonic()
-        reply = await self._client.complete(body)
+        reply = await self._client.complete(lambda: self._body(question))
         if isinstance(reply, Reply):
             return verdict_of(reply.choices[0], self._format, time.monotonic() - start), True
         return self._failed(reply, start)

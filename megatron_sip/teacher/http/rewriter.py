@@ -67,10 +67,9 @@ class HttpRewriter:
 
     async def _rewrite(self, item: RewriteItem) -> Rewrite:
         began, start = time.monotonic(), lead_in(item.prefix.text)
-        body = request_body(self._settings, self._messages(item, start))
         rewrite = Rewrite(None)
         for _ in range(self._attempts):
-            reply = await self._client.complete(body)
+            reply = await self._client.complete(lambda: request_body(self._settings, self._messages(item, start)))
             if isinstance(reply, Failure):
                 rewrite = Rewrite(None, failure=str(reply))
                 break
