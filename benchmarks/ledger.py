@@ -27,10 +27,9 @@ from megatron_sip.teacher.ledger.files import segments
 
 GROUPS, CANDIDATES, VOTES = 256, 17, 5
 JUDGE = JudgeIdentity("http-quality", "gpt-oss-120b", '{"temperature": 1.0, "top_p": 1.0}')
-WORDS = tuple(
-    "the option first second continuation prefix more coherent repeats itself less keeps to facts claims date name "
-    "sentence follows naturally topic drifts although cut off both plausible however invented detail wrong style".split()
-)
+PROSE = """the option first second continuation prefix more coherent repeats itself less keeps to facts claims date name
+sentence follows naturally topic drifts although cut off both plausible however invented detail wrong style"""
+WORDS = PROSE.split()
 
 
 def prose(source: random.Random, characters: int) -> str:
