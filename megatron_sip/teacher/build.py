@@ -29,11 +29,12 @@ def build_teacher(
     rewriting: bool = True,
     replica: int = 0,
     num_replicas: int = 1,
+    seed: int = 0,
 ) -> Panel:
     """The teacher; without ``judging`` it only rewrites and needs no judge, without ``rewriting`` it copies.
 
     ``replica`` of ``num_replicas`` teachers of the run: each has a ledger of its own, and limits of the whole run are
-    split over them. Raises ConfigurationError or DataError for what is missing or does not fit (judge model, endpoints,
+    split over them. ``seed`` draws the order in which a pair is shown. Raises ConfigurationError or DataError for what is missing or does not fit (judge model, endpoints,
     templates, ledger).
     """
     archive = Archive(Path(config.replay_judgments)) if config.replay_judgments else None
@@ -57,14 +58,14 @@ def build_teacher(
         quality,
         pointwise,
         _rewriter(config, http if rewriting else None),
-        _settings(config),
+        _settings(config, seed),
         _source(config, archive, replica),
         coherence=coherence,
         remote=http if archive is None else None,
     )
 
 
-def _settings(config: TeacherConfig) -> PanelSettings:
+def _settings(config: TeacherConfig, seed: int) -> PanelSettings:
     return PanelSettings(
         weights=config.weights,
         pair_schedule=config.pair_schedule,
@@ -73,6 +74,7 @@ def _settings(config: TeacherConfig) -> PanelSettings:
         votes=config.judge_votes,
         criterion_votes={criterion: config.votes_of(criterion) for criterion in config.criteria},
         pair_budget=config.pair_budget,
+        seed=seed,
     )
 
 

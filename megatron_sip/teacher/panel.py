@@ -49,6 +49,8 @@ class PanelSettings:
     votes: int
     pair_budget: int = 0
     """Comparisons per group of a search; 0 for its default."""
+    seed: int = 0
+    """Of the random order."""
     criterion_votes: Mapping[str, int] = field(default_factory=dict)
     """Votes per question of criteria that differ."""
 
@@ -219,7 +221,8 @@ class Panel:
             return [(first, second), (second, first)]
         if self._settings.pair_order == "random":
             # Drawn from the question itself, so that it depends neither on the batch nor on the layout.
-            digest = hashlib.sha256(f"{sample_id} {first} {second} {vote}".encode()).digest()
+            key = f"{self._settings.seed} {sample_id} {first} {second} {vote}"
+            digest = hashlib.sha256(key.encode()).digest()
             if digest[0] & 1:
                 return [(second, first)]
         return [(first, second)]

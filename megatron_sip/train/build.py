@@ -74,6 +74,7 @@ def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelCo
         "rewriting": uses_rewriter(config),
         "replica": context.dp_rank,
         "num_replicas": context.dp_size,
+        "seed": config.training.seed,
     }
     return TeacherProcess(config.teacher, options)
 

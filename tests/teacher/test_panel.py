@@ -135,6 +135,10 @@ def test_random_order_is_fair_and_the_same_in_every_batch_and_changes_no_verdict
     for group in groups[:40]:
         judge(panel, group)
     assert [options == (1, 0) for options, _ in quality.asked] == swapped[:40]
+    other = ByValue()
+    judge(Panel(other, [], CopyRewriter(), settings(pair_order="random", seed=1)), *groups)
+    changed = sum(options == (1, 0) for options, _ in other.asked) - sum(swapped)
+    assert [options == (1, 0) for options, _ in other.asked] != swapped and abs(changed) < 100
 
 
 def test_a_judge_that_says_first_every_time_gains_nothing_from_random_order():
