@@ -34,8 +34,8 @@ def build_teacher(
     """The teacher; without ``judging`` it only rewrites and needs no judge, without ``rewriting`` it copies.
 
     ``replica`` of ``num_replicas`` teachers of the run: each has a ledger of its own, and limits of the whole run are
-    split over them. ``seed`` draws the order in which a pair is shown. Raises ConfigurationError or DataError for what is missing or does not fit (judge model, endpoints,
-    templates, ledger).
+    split over them. ``seed`` draws the order in which a pair is shown. Raises ConfigurationError or DataError for what
+    is missing or does not fit (judge model, endpoints, templates, ledger).
     """
     archive = Archive(Path(config.replay_judgments)) if config.replay_judgments else None
     http: HttpTeacher | None = None
