@@ -25,6 +25,7 @@ from megatron_sip.teacher.interfaces import JudgeGroup, JudgeIdentity, Passage, 
 from megatron_sip.teacher.ledger import Asked, Context, Ledger, RawPolicy
 from megatron_sip.teacher.ledger.files import segments
 
+Vote = tuple[Asked, tuple[int, ...], Verdict]
 GROUPS, CANDIDATES, VOTES = 256, 17, 5
 JUDGE = JudgeIdentity("http-quality", "gpt-oss-120b", '{"temperature": 1.0, "top_p": 1.0}')
 PROSE = """the option first second continuation prefix more coherent repeats itself less keeps to facts claims date name
@@ -41,9 +42,7 @@ def prose(source: random.Random, characters: int) -> str:
     return text[:characters]
 
 
-def one_group(
-    source: random.Random, number: int, step: int
-) -> tuple[Context, list[tuple[Asked, tuple[int, ...], Verdict]]]:
+def one_group(source: random.Random, number: int, step: int) -> tuple[Context, list[Vote]]:
     """All pairs of a group, in either order, with their votes."""
     empty = np.zeros(0, dtype=np.int64)
 
@@ -53,7 +52,7 @@ def one_group(
     kinds = ("suffix", *["rollout"] * (CANDIDATES - 1))
     candidates = tuple(passage(600) for _ in range(CANDIDATES))
     context = Context(number, step, JudgeGroup(number, passage(7000), candidates[0], candidates, kinds))
-    votes = []
+    votes: list[Vote] = []
     for pair in itertools.combinations(range(CANDIDATES), 2):
         for vote in range(VOTES):
             options = pair if source.random() < 0.5 else (pair[1], pair[0])
@@ -62,6 +61,10 @@ def one_group(
             latency = source.lognormvariate(1.0, 0.5)
             votes.append((Asked(prompt, vote), options, Verdict(float(source.randrange(2)), raw, latency_s=latency)))
     return context, votes
+
+
+def _mixed(prompt: bytes, salt: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(prompt, salt, strict=True))
 
 
 def measure(mode: str, steps: int, folder: Path) -> None:
@@ -76,10 +79,7 @@ def measure(mode: str, steps: int, folder: Path) -> None:
         for number in range(GROUPS):
             context, votes = made[number % len(made)]
             salt = hashlib.sha256(f"{mode} {step} {number}".encode()).digest()[:16]
-            fresh = [
-                (Asked(bytes(a ^ b for a, b in zip(key.prompt, salt, strict=True)), key.vote), *rest)
-                for key, *rest in votes
-            ]
+            fresh = [(Asked(_mixed(key.prompt, salt), key.vote), options, given) for key, options, given in votes]
             about = Context(step * GROUPS + number, step, context.source)
             start = time.process_time()
             found = ledger.find("quality", JUDGE, [key for key, _, _ in fresh])

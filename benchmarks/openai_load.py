@@ -8,6 +8,7 @@ Prints one JSON object. Needs nothing of this repository.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import re
 import sys
@@ -15,10 +16,8 @@ import time
 
 import openai
 
-try:
-    import httpx2 as httpx  # what openai 3 is built on
-except ImportError:
-    import httpx
+httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+"""What openai is built on: httpx2 from its version 3 on."""
 
 _CONCLUSION = re.compile(r"conclusion\s*:\s*option\s*([12])", re.IGNORECASE)
 

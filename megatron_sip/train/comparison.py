@@ -68,8 +68,8 @@ def _open_judges(
 ) -> Iterator[dict[str, Judge]]:
     """The training's judge and, if given, the second, by the names of their models. Neither learns here."""
     # A judge over HTTP is named as its server knows it, an embedded one by its file.
-    name = "judge_served_model" if config.teacher.teacher == "http" else "judge_model"
-    models = [options.judge or getattr(config.teacher, name)]
+    over_http = config.teacher.teacher == "http"
+    models = [options.judge or (config.teacher.judge_served_model if over_http else config.teacher.judge_model)]
     if options.second_judge is not None:
         models.append(options.second_judge)
     own = {"tokenizer_fingerprint": policy.tokenizer.fingerprint, "rewriting": False}
@@ -77,7 +77,9 @@ def _open_judges(
     with ExitStack() as stack:
         judges: dict[str, Judge] = {}
         for number, model in enumerate(models, start=1):
-            teacher = dataclasses.replace(config.teacher, **{name: model})
+            teacher = dataclasses.replace(config.teacher, judge_model=model)
+            if over_http:
+                teacher = dataclasses.replace(config.teacher, judge_served_model=model)
             link = TeacherLink(
                 TeacherProcess(teacher, own) if context.is_leader else None,
                 policy.tokenizer,

@@ -106,7 +106,7 @@ class HttpJudge:
 
     def _body(self, question: Question) -> dict[str, Any]:
         body = request_body(self._settings, self._messages(question))
-        return body | (self._format.structured if self._settings.structured_output else {})
+        return {**body, **(self._format.structured if self._settings.structured_output else {})}
 
     async def _votes(self, question: Question, count: int) -> list[Verdict]:
         """``count`` samples of one prompt; those without a verdict are drawn again a few times."""
