@@ -124,31 +124,39 @@ class HttpJudge:
 
     async def _draw(self, question: Question, count: int) -> list[tuple[Verdict, bool]]:
         """``count`` verdicts, each with whether a completion came at all."""
-        start = time.monotonic()
+        choices: tuple[Choice, ...] = ()
+        latency = 0.0
         if count > 1 and self._batch_votes:
-            reply = await self._client.complete(lambda: {**self._body(question), "n": count})
-            if isinstance(reply, Failure):
-                if reply.kind != REJECTED:
-                    return [self._failed(reply, start)] * count
-                choices: tuple[Choice, ...] = ()
-            else:
+            reply, latency = await self._complete(question, count)
+            if isinstance(reply, Reply):
                 choices = reply.choices[:count]
+            elif reply.kind != REJECTED:
+                return [_failed(reply, latency)] * count
             if len(choices) < count:
                 # It ignores n, or refuses it: single requests from now on.
                 self._batch_votes = False
-        else:
-            choices = ()
-        verdicts = [(verdict_of(choice, self._format, time.monotonic() - start), True) for choice in choices]
+        verdicts = [(verdict_of(choice, self._format, latency), True) for choice in choices]
         rest = [self._draw_one(question) for _ in range(count - len(verdicts))]
         return verdicts + await asyncio.gather(*rest)
 
     async def _draw_one(self, question: Question) -> tuple[Verdict, bool]:
-        start = time.monotonic()
-        reply = await self._client.complete(lambda: self._body(question))
+        reply, latency = await self._complete(question)
         if isinstance(reply, Reply):
-            return verdict_of(reply.choices[0], self._format, time.monotonic() - start), True
-        return self._failed(reply, start)
+            return verdict_of(reply.choices[0], self._format, latency), True
+        return _failed(reply, latency)
 
-    @staticmethod
-    def _failed(failure: Failure, start: float) -> tuple[Verdict, bool]:
-        return Verdict(NAN, failure=str(failure), latency_s=time.monotonic() - start), False
+    async def _complete(self, question: Question, count: int = 1) -> tuple[Reply | Failure, float]:
+        """The answer, and its seconds from when the request had a place in flight, retries included."""
+        begun = time.monotonic()
+
+        def body() -> dict[str, Any]:
+            nonlocal begun
+            begun = time.monotonic()
+            return self._body(question) | ({"n": count} if count > 1 else {})
+
+        reply = await self._client.complete(body)
+        return reply, time.monotonic() - begun
+
+
+def _failed(failure: Failure, latency_s: float) -> tuple[Verdict, bool]:
+    return Verdict(NAN, failure=str(failure), latency_s=latency_s), False

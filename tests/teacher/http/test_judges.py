@@ -249,6 +249,13 @@ def test_votes_that_fail_are_missing_and_asked_anew_and_the_others_stay(tmp_path
     assert Counter(row.raw for row in rows)["Hm."] == 10
 
 
+def test_a_latency_is_that_of_the_server_without_the_wait_for_a_place():
+    with FaultServer(delay_s=0.1) as server:
+        result = judge(config(server, judge_max_in_flight=2), *(group("1", "2", sample_id=i) for i in range(20)))
+    assert len(result.latencies_s) == 20 and np.median(result.latencies_s) < 0.5 and result.latencies_s.min() >= 0.1
+    assert max(verdict.latency_s for verdict in result.groups) >= 1.0, "that of a group includes it"
+
+
 def test_votes_of_equal_questions_are_asked_once_and_answer_both():
     """A rewrite that copies the suffix: with a ledger both pairs get the same hundred votes, not a mixture of two."""
     answers = itertools.cycle(["Conclusion: Option 1", "Conclusion: Option 2", "Conclusion: Option 2"])
