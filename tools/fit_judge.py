@@ -43,7 +43,7 @@ def fit(arguments: argparse.Namespace) -> NgramModel:
     """The model of the chosen documents of all corpora."""
     if arguments.order < 1:
         raise ConfigurationError(f"--order {arguments.order}: give at least 1 (4 is usual; the robust judge needs 3)")
-    vocab_size, fingerprint = _vocabulary(arguments)
+    vocab_size, fingerprint, digits = _vocabulary(arguments)
     tokens, lengths = [], []
     for prefix in arguments.data_path:
         corpus = open_indexed(prefix, vocab_size, fingerprint)
@@ -57,11 +57,15 @@ def fit(arguments: argparse.Namespace) -> NgramModel:
         order=arguments.order,
         tokenizer_fingerprint=fingerprint,
         dedup_window=arguments.dedup_window,
+        pooled=digits,
     )
 
 
-def _vocabulary(arguments: argparse.Namespace) -> tuple[int, str]:
-    """Size and fingerprint of the tokenizer: of the one that is named, else as the first corpus says."""
+def _vocabulary(arguments: argparse.Namespace) -> tuple[int, str, list[int]]:
+    """Size, fingerprint and digit tokens of the tokenizer: of the one that is named, else as the first corpus says.
+
+    A corpus does not say which tokens are digits: then there are none.
+    """
     if arguments.tokenizer_model or arguments.vocab_size:
         tokenizer = build_tokenizer(
             TokenizerConfig(
@@ -70,11 +74,12 @@ def _vocabulary(arguments: argparse.Namespace) -> tuple[int, str]:
                 vocab_size=arguments.vocab_size,
             )
         )
-        return tokenizer.vocab_size, tokenizer.fingerprint
+        digits = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).strip().isdigit()]
+        return tokenizer.vocab_size, tokenizer.fingerprint, digits
     meta = read_meta(arguments.data_path[0])
     if meta is None:
         raise DataError(f"{arguments.data_path[0]} has no .meta.json that names its tokenizer: give --tokenizer-model")
-    return meta.vocab_size, meta.tokenizer_fingerprint
+    return meta.vocab_size, meta.tokenizer_fingerprint, []
 
 
 def _documents(corpus: IndexedCorpus, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,9 +17,12 @@ class EvaluationConfig:
     baseline: str = option(help="Directory of checkpoints of the policy that it is compared with.")
     checkpoint_step: int | None = option(None, help="Step of --checkpoint to load in place of the latest.")
     baseline_step: int | None = option(None, help="Step of --baseline to load in place of the latest.")
-    judge: str | None = option(None, help="n-gram model of the judge; by default --judge-model, that of the training.")
+    judge: str | None = option(
+        None,
+        help="The judge: an n-gram model or, with --teacher http, a served model; by default that of the training.",
+    )
     second_judge: str | None = option(
-        None, help="n-gram model of a second judge, fitted on other documents, that the policy was not trained with."
+        None, help="A second judge, likewise; one that the policy was not trained with (fitted on other documents)."
     )
     num_prefixes: int = option(600, help="Prefixes of --test-data-path that both policies continue.")
     temperature: tuple[float, ...] = option((1.0, 0.8, 0.0), help="Sampling temperatures to compare at; 0 is greedy.")

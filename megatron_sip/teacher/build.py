@@ -9,12 +9,14 @@ from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.factuality import OverlapFactualityJudge
 from megatron_sip.teacher.interfaces import PairwiseJudge, PointwiseJudge, Rewriter
-from megatron_sip.teacher.ledger import Ledger
+from megatron_sip.teacher.ledger import Archive, Ledger, RawPolicy
 from megatron_sip.teacher.ngram import NgramModel
 from megatron_sip.teacher.panel import Panel, PanelSettings
 from megatron_sip.teacher.quality import NgramQualityJudge
+from megatron_sip.teacher.replay import Replay, ReplayedQualityJudge
 from megatron_sip.teacher.rewriter import CopyRewriter, RuleRewriter
 from megatron_sip.teacher.safety import WordListSafetyJudge, load_words
+from megatron_sip.teacher.sources import Recording, Unrecorded, VerdictSource
 
 if TYPE_CHECKING:
     from megatron_sip.teacher.http.build import HttpTeacher
@@ -27,18 +29,21 @@ def build_teacher(
     rewriting: bool = True,
     replica: int = 0,
     num_replicas: int = 1,
+    seed: int = 0,
 ) -> Panel:
     """The teacher; without ``judging`` it only rewrites and needs no judge, without ``rewriting`` it copies.
 
-    ``replica`` of ``num_replicas`` teachers of the run: limits of the whole run are split over them.
-    Raises ConfigurationError or DataError for what is missing or does not fit (judge model, endpoints, templates).
+    ``replica`` of ``num_replicas`` teachers of the run: each has a ledger of its own, and limits of the whole run are
+    split over them. ``seed`` draws the order in which a pair is shown. Raises ConfigurationError or DataError for what
+    is missing or does not fit (judge model, endpoints, templates, ledger).
     """
+    archive = Archive(Path(config.replay_judgments)) if config.replay_judgments else None
     http: HttpTeacher | None = None
     if config.http_roles(judging, rewriting):
         # Only here, so that the embedded teacher starts without an HTTP library.
         from megatron_sip.teacher.http.build import HttpTeacher
 
-        http = HttpTeacher(config, replica, num_replicas)
+        http = HttpTeacher(config, replica, num_replicas, replaying=archive is not None)
     quality: PairwiseJudge | None = None
     coherence: PairwiseJudge | None = None
     pointwise: list[PointwiseJudge] = []
@@ -47,8 +52,21 @@ def build_teacher(
         coherence = http.judge("coherence") if "coherence" in config.criteria else None
         pointwise += [http.judge(c) for c in ("safety", "factuality") if c in config.criteria]
     elif judging:
-        quality, pointwise = _embedded_judges(config, tokenizer_fingerprint)
-    settings = PanelSettings(
+        quality = _embedded_quality(config, tokenizer_fingerprint, archive)
+        pointwise = _embedded_pointwise(config)
+    return Panel(
+        quality,
+        pointwise,
+        _rewriter(config, http if rewriting else None),
+        _settings(config, seed),
+        _source(config, archive, replica),
+        coherence=coherence,
+        remote=http if archive is None else None,
+    )
+
+
+def _settings(config: TeacherConfig, seed: int) -> PanelSettings:
+    return PanelSettings(
         weights=config.weights,
         pair_schedule=config.pair_schedule,
         pair_pivot=config.pair_pivot,
@@ -56,28 +74,36 @@ def build_teacher(
         votes=config.judge_votes,
         criterion_votes={criterion: config.votes_of(criterion) for criterion in config.criteria},
         pair_budget=config.pair_budget,
-    )
-    return Panel(
-        quality,
-        pointwise,
-        _rewriter(config, http if rewriting else None),
-        settings,
-        Ledger(Path(config.judge_ledger)) if config.judge_ledger else None,
-        coherence=coherence,
-        remote=http,
+        seed=seed,
     )
 
 
-def _embedded_judges(config: TeacherConfig, fingerprint: str) -> tuple[PairwiseJudge | None, list[PointwiseJudge]]:
-    quality: PairwiseJudge | None = None
-    if config.judge_quality_weight:
-        quality = NgramQualityJudge(_judge_model(config, fingerprint), config.quality_recipe)
+def _source(config: TeacherConfig, archive: Archive | None, replica: int) -> VerdictSource:
+    if archive is not None:
+        return Replay(archive, replica)
+    if not config.judge_ledger:
+        return Unrecorded()
+    policy = RawPolicy(config.ledger_raw, config.ledger_sample)
+    return Recording(Ledger(Path(config.judge_ledger), replica, policy, round(config.ledger_rotate_mib * 2**20)))
+
+
+def _embedded_quality(config: TeacherConfig, fingerprint: str, archive: Archive | None) -> PairwiseJudge | None:
+    if not config.judge_quality_weight:
+        return None
+    if archive is not None:
+        # The model only tells which of several recorded judges is meant.
+        known = _judge_model(config, fingerprint) if Path(config.judge_model or "-").is_file() else None
+        return ReplayedQualityJudge(archive, config.quality_recipe, known.fingerprint() if known else None)
+    return NgramQualityJudge(_judge_model(config, fingerprint), config.quality_recipe)
+
+
+def _embedded_pointwise(config: TeacherConfig) -> list[PointwiseJudge]:
     pointwise: list[PointwiseJudge] = []
     if config.judge_safety_weight:
         pointwise.append(WordListSafetyJudge(load_words(config.safety_words)))
     if config.judge_factuality_weight:
         pointwise.append(OverlapFactualityJudge())
-    return quality, pointwise
+    return pointwise
 
 
 def _rewriter(config: TeacherConfig, http: HttpTeacher | None) -> Rewriter:

@@ -62,7 +62,20 @@ class PanelOptions:
         help="rule: plain tidying rules; copy: the suffix as it is; http: a model; auto: http as the teacher, or rule",
         choices=("auto", "rule", "copy", "http"),
     )
-    judge_ledger: str = option("", help="SQLite file that keeps all verdicts and answers repeated questions [none]")
+    judge_ledger: str = option(
+        "", help="SQLite files DIR/NAME.rREPLICA.NUMBER.sqlite that keep all verdicts and answer repeated questions "
+        "[none]", metavar="DIR/NAME.sqlite",
+    )  # fmt: skip
+    ledger_raw: str = option(
+        "all", help="whose words are kept with the scores, which always are: all samples', a share's, or none",
+        choices=("all", "sample", "none"),
+    )  # fmt: skip
+    ledger_sample: float = option(0.01, help="that share, for --ledger-raw sample; what failed is kept besides")
+    ledger_rotate_mib: float = option(256.0, help="size from which on a replica's ledger goes on in a new file, in MiB")
+    replay_judgments: str = option(
+        "", help="ledger of a run to repeat: verdicts and rewrites come from it and nobody is asked; --judge-ledger is "
+        "then not written [ask]", metavar="DIR/NAME.sqlite",
+    )  # fmt: skip
     judge_timeout_s: float = option(600.0, help="seconds to wait for the verdicts of a batch before the run stops")
     judge_queue: int = option(64, help="batches that the teacher process holds at most; more wait before they are sent")
 
@@ -132,6 +145,10 @@ class TeacherConfig(HttpOptions, PanelOptions):
             raise ConfigurationError(f"judge-votes is {self.judge_votes}: give at least 1")
         if not self.judge_timeout_s > 0:
             raise ConfigurationError(f"judge-timeout-s is {self.judge_timeout_s}: give a number of seconds above 0")
+        if not 0 <= self.ledger_sample <= 1:
+            raise ConfigurationError(f"ledger-sample is {self.ledger_sample}: give a share from 0 to 1")
+        if not self.ledger_rotate_mib >= 1:
+            raise ConfigurationError(f"ledger-rotate-mib is {self.ledger_rotate_mib}: give at least 1")
         if self.judge_queue < 1:
             raise ConfigurationError(f"judge-queue is {self.judge_queue}: give at least 1")
         if self.quality_judge not in RECIPES:

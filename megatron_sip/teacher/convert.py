@@ -20,12 +20,15 @@ from megatron_sip.tokenizer.base import Tokenizer
 from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Judgment, Sample
 
 
-def judge_request(groups: Sequence[CandidateGroup], tokenizer: Tokenizer, learn: bool = True) -> JudgeRequest:
+def judge_request(
+    groups: Sequence[CandidateGroup], tokenizer: Tokenizer, learn: bool = True, step: int | None = None
+) -> JudgeRequest:
     """Groups of candidates with their texts; the reference is the sample's suffix.
 
-    ``learn`` False (evaluation, probes) leaves running statistics of the judges as they are.
+    ``learn`` False (evaluation, probes) leaves running statistics of the judges as they are. ``step``: optimizer steps
+    before it, for the ledger; None outside of training.
     """
-    return JudgeRequest(tuple(_judge_group(group, tokenizer) for group in groups), learn=learn)
+    return JudgeRequest(tuple(_judge_group(group, tokenizer) for group in groups), learn=learn, step=step)
 
 
 def _judge_group(group: CandidateGroup, tokenizer: Tokenizer) -> JudgeGroup:
@@ -57,7 +60,7 @@ def judgments(result: JudgeResult) -> list[Judgment]:
     ]
 
 
-def rewrite_request(samples: Sequence[Sample], tokenizer: Tokenizer) -> RewriteRequest:
+def rewrite_request(samples: Sequence[Sample], tokenizer: Tokenizer, step: int | None = None) -> RewriteRequest:
     """Samples with their texts."""
     return RewriteRequest(
         tuple(
@@ -67,7 +70,8 @@ def rewrite_request(samples: Sequence[Sample], tokenizer: Tokenizer) -> RewriteR
                 suffix=_continuation(sample.prefix, sample.suffix, tokenizer),
             )
             for sample in samples
-        )
+        ),
+        step=step,
     )
 
 

@@ -45,6 +45,8 @@ class JudgeRequest:
     groups: tuple[JudgeGroup, ...]
     learn: bool = True
     """False leaves running statistics of a judge as they are (evaluation, probes)."""
+    step: int | None = None
+    """Optimizer steps before it, for the ledger; None outside of training."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class RewriteItem:
 @dataclass(frozen=True)
 class RewriteRequest:
     items: tuple[RewriteItem, ...]
+    step: int | None = None
+    """Optimizer steps before it, for the ledger; None outside of training."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Rewrite:
     copied: bool = False
     """True if it is the suffix, unchanged."""
     failure: str = ""
+    latency_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class Judge(Protocol):
     def identity(self) -> JudgeIdentity: ...
 
     def prompt_hash(self, question: Question) -> str:
-        """Of everything that the judge looks at, except the vote index."""
+        """SHA-256, in hexadecimal, of everything that the judge looks at, except the vote index."""
         ...
 
     async def ask(self, questions: Sequence[Question]) -> Sequence[Verdict]:
@@ -177,6 +182,15 @@ class Rewriter(Protocol):
     async def rewrite(self, items: Sequence[RewriteItem]) -> Sequence[Rewrite]:
         """One rewrite per item, in order."""
         ...
+
+
+@runtime_checkable
+class RecordableRewriter(Rewriter, Protocol):
+    """A rewriter whose answers a ledger keeps, because they are not the same each time."""
+
+    def identity(self) -> JudgeIdentity: ...
+
+    def prompt_hash(self, item: RewriteItem) -> str: ...
 
 
 class Teacher(Protocol):

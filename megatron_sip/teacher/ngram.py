@@ -23,7 +23,7 @@ import numpy as np
 from megatron_sip.errors import DataError
 from megatron_sip.teacher.interfaces import FloatArray, IntArray
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class NgramModel:
     tokenizer_fingerprint: str
     """Of the tokenizer whose ids it counts; "" if it was not told."""
     num_tokens: int
+    pooled: IntArray
+    """Ids of the tokens that share one unigram probability, int64 [any], ascending; see ``log_probs``."""
 
     @property
     def order(self) -> int:
@@ -63,6 +65,7 @@ class NgramModel:
     def fingerprint(self) -> str:
         """SHA-256 of the counts: names the model in the ledger."""
         digest = hashlib.sha256(f"{self.vocab_size} {self.tokenizer_fingerprint}".encode())
+        digest.update(self.pooled.tobytes())
         for level in self.levels:
             digest.update(level.keys.tobytes() + level.counts.tobytes())
         return digest.hexdigest()[:16]
@@ -71,6 +74,8 @@ class NgramModel:
         """log p of every token given up to ``order - 1`` tokens before it, and its log unigram.
 
         The continuations, each after the prefix, are laid end to end: both arrays are float64 [sum of their lengths].
+        A pooled token's unigram probability is that of any pooled token: each of ten digits is rare, a digit is not,
+        and a judge that rewards what is rarer alone than in its context would otherwise like a run of random digits.
         """
         history = self.order - 1
         tail = np.asarray(prefix[max(0, len(prefix) - history) :], dtype=np.int64)
@@ -80,7 +85,12 @@ class NgramModel:
         if not windows:
             return np.zeros(0), np.zeros(0)
         probs = self.window_probs(np.concatenate(windows))
-        return np.log(probs[-1]), np.log(probs[0])
+        unigrams = probs[0]
+        if len(self.pooled):
+            tokens = np.concatenate([np.asarray(c, dtype=np.int64) for c in continuations])
+            mass = self.window_probs(np.pad(self.pooled[:, None], ((0, 0), (history, 0)), constant_values=-1))[0].sum()
+            unigrams = np.where(np.isin(tokens, self.pooled), mass, unigrams)
+        return np.log(probs[-1]), np.log(unigrams)
 
     def window_probs(self, windows: IntArray) -> FloatArray:
         """p of the last token of each window under orders 1 .. order, float64 [order, windows].
@@ -146,6 +156,7 @@ class NgramModel:
             "num_tokens": np.array(self.num_tokens),
             "order": np.array(self.order),
             "tokenizer_fingerprint": np.array(self.tokenizer_fingerprint),
+            "pooled": self.pooled,
         }
         for n, level in enumerate(self.levels, start=1):
             arrays[f"keys{n}"] = level.keys
@@ -177,6 +188,7 @@ class NgramModel:
                     levels=_levels(pairs, int(file["vocab_size"])),
                     tokenizer_fingerprint=str(file["tokenizer_fingerprint"]),
                     num_tokens=int(file["num_tokens"]),
+                    pooled=file["pooled"],
                 )
         except OSError as error:
             raise DataError(f"judge model {path} cannot be read ({error.strerror or error}): {remedy}") from error
@@ -192,12 +204,14 @@ def fit_ngrams(
     order: int = 4,
     tokenizer_fingerprint: str = "",
     dedup_window: int = 0,
+    pooled: Sequence[int] = (),
 ) -> NgramModel:
     """Count n-grams up to ``order``; none crosses the end of a document.
 
     ``tokens``: ids of all documents end to end [n]; ``document_lengths``: int [documents], sums to n. With
     ``dedup_window`` w, a token is counted only if the w tokens that end with it have not stood in the corpus before, so
-    that text which is repeated (licences, section headings) counts once. Raises DataError for an empty corpus or ids
+    that text which is repeated (licences, section headings) counts once. ``pooled``: tokens that share one unigram
+    probability (``NgramModel.log_probs``). Raises DataError for an empty corpus or ids
     beyond the vocabulary.
     """
     tokens = np.asarray(tokens, dtype=np.int64)
@@ -227,7 +241,13 @@ def fit_ngrams(
         index[valid] = inverse
         counts = np.bincount(inverse, weights=counted[valid], minlength=len(unique))
         pairs.append((unique, counts.astype(np.int64)))
-    return NgramModel(vocab_size, _levels(pairs, vocab_size), tokenizer_fingerprint, int(counted.sum()))
+    return NgramModel(
+        vocab_size=vocab_size,
+        levels=_levels(pairs, vocab_size),
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        num_tokens=int(counted.sum()),
+        pooled=np.unique(np.asarray(pooled, dtype=np.int64)),
+    )
 
 
 def _levels(pairs: Sequence[tuple[IntArray, IntArray]], vocab_size: int) -> tuple[Level, ...]:

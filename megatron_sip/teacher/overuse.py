@@ -32,6 +32,31 @@ _FORGET = 0.05
 """Decayed counts below this are dropped."""
 
 
+class History:
+    """Names a state of running statistics by the rollouts that went into it, request by request."""
+
+    def __init__(self) -> None:
+        self.digest = ""
+        """SHA-256 in hexadecimal; "" before the first request."""
+
+    def observe(self, groups: Sequence[JudgeGroup]) -> None:
+        """Take in one request."""
+        digest = hashlib.sha256(self.digest.encode())
+        for group in groups:
+            for tokens in _rollouts(group):
+                digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i8").tobytes())
+        self.digest = digest.hexdigest()
+
+
+def _rollouts(group: JudgeGroup) -> list[IntArray]:
+    """Token ids of each rollout, int64 [n]."""
+    return [
+        np.asarray(candidate.tokens, dtype=np.int64)
+        for candidate, kind in zip(group.candidates, group.kinds, strict=True)
+        if kind == "rollout"
+    ]
+
+
 class OveruseStatistics:
     """Deterministic in the sequence of observed requests; the state is small and goes into checkpoints."""
 
@@ -46,28 +71,17 @@ class OveruseStatistics:
         self._counts: FloatArray = np.zeros(0)
         self._prompts = 0.0
         self._length = 1.0
-        self._history = ""
-
-    def fingerprint(self) -> str:
-        """Names the state by all that was observed: verdicts are kept under it."""
-        return self._history[:16]
+        self.history = History()
+        """All that was observed: verdicts are kept under its name."""
 
     def observe(self, groups: Sequence[JudgeGroup]) -> None:
         """Count each group's rollouts; K rollouts of one prompt count once."""
-        digest = hashlib.sha256(self._history.encode())
+        self.history.observe(groups)
         seen, lengths = [], []
         for group in groups:
-            rollouts = [
-                np.asarray(c.tokens, dtype=np.int64)
-                for c, kind in zip(group.candidates, group.kinds, strict=True)
-                if kind == "rollout"
-            ]
-            for tokens in rollouts:
-                digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i8").tobytes())
-            if rollouts:
+            if rollouts := _rollouts(group):
                 seen.append(np.unique(np.concatenate([self._trigrams(tokens) for tokens in rollouts])))
                 lengths.append(sum(map(len, rollouts)))
-        self._history = digest.hexdigest()
         if not seen:
             return
         keys = np.concatenate([self._keys, *seen])
@@ -97,15 +111,17 @@ class OveruseStatistics:
             "counts": self._counts.copy(),
             "prompts": self._prompts,
             "length": self._length,
-            "history": self._history,
+            "history": self.history.digest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "keys" not in state:
+            raise ValueError("this checkpoint comes from a replayed run, which kept no statistics: replay its rest too")
         self._keys = np.asarray(state["keys"], dtype=np.int64).copy()
         self._counts = np.asarray(state["counts"], dtype=np.float64).copy()
         self._prompts = float(state["prompts"])
         self._length = float(state["length"])
-        self._history = str(state["history"])
+        self.history.digest = str(state["history"])
 
     def _trigrams(self, tokens: IntArray) -> IntArray:
         """One int64 key per trigram; a vocabulary of up to two million tokens fits."""

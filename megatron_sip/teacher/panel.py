@@ -31,8 +31,9 @@ from megatron_sip.teacher.interfaces import (
     RunningJudge,
     Verdict,
 )
-from megatron_sip.teacher.ledger import Ledger, LedgerEntry, LedgerKey
+from megatron_sip.teacher.ledger import Context
 from megatron_sip.teacher.schedule import Comparison, make_schedule
+from megatron_sip.teacher.sources import Unrecorded, VerdictSource
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class PanelSettings:
     votes: int
     pair_budget: int = 0
     """Comparisons per group of a search; 0 for its default."""
+    seed: int = 0
+    """Of the random order."""
     criterion_votes: Mapping[str, int] = field(default_factory=dict)
     """Votes per question of criteria that differ."""
 
@@ -68,6 +71,7 @@ class _Tally:
 
 @dataclass
 class _GroupTally:
+    context: Context
     num_calls: int = 0
     num_failures: int = 0
     num_comparisons: int = 0
@@ -82,12 +86,15 @@ class Panel:
         pointwise: Sequence[PointwiseJudge],
         rewriter: Rewriter,
         settings: PanelSettings,
-        ledger: Ledger | None = None,
+        source: VerdictSource | None = None,
         *,
         coherence: PairwiseJudge | None = None,
         remote: RemotePart | None = None,
     ) -> None:
-        """``remote``: closed with the panel; its counts go into results."""
+        """``source``: where verdicts come from, if not from the judges alone; closed with the panel.
+
+        ``remote``: likewise; its counts go into results.
+        """
         self._quality = quality
         self._coherence = coherence
         self._remote = remote
@@ -95,7 +102,7 @@ class Panel:
         self._pointwise = tuple(pointwise)
         self._rewriter = rewriter
         self._settings = settings
-        self._ledger = ledger
+        self._source = source or Unrecorded()
         judges: list[Judge] = [*self._pointwise] if quality is None else [quality, *self._pointwise]
         self._running: dict[str, RunningJudge] = {j.criterion: j for j in judges if isinstance(j, RunningJudge)}
         self._order = asyncio.Lock()
@@ -111,24 +118,29 @@ class Panel:
             return await self._judge(request)
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResult:
-        return RewriteResult(tuple(await self._rewriter.rewrite(request.items)))
+        return RewriteResult(tuple(await self._source.rewrite(self._rewriter, request.items, request.step)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {criterion: judge.state_dict() for criterion, judge in self._running.items()}
+        state: dict[str, Any] = {criterion: judge.state_dict() for criterion, judge in self._running.items()}
+        recorded = self._source.state_dict()
+        return state | ({"verdicts": recorded} if recorded else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for criterion, judge in self._running.items():
             judge.load_state_dict(state.get(criterion, {}))
+        self._source.load_state_dict(state.get("verdicts", {}))
 
     async def aclose(self) -> None:
         if self._remote is not None:
             await self._remote.aclose()
-        if self._ledger is not None:
-            self._ledger.close()
+        self._source.close()
 
     async def _judge(self, request: JudgeRequest) -> JudgeResult:
         tally = _Tally()
-        groups = await asyncio.gather(*(self._judge_group(group, tally) for group in request.groups))
+        contexts = [Context(group.sample_id, request.step, group) for group in request.groups]
+        groups = await asyncio.gather(
+            *(self._judge_group(group, tally, context) for group, context in zip(request.groups, contexts, strict=True))
+        )
         return JudgeResult(
             groups=tuple(groups),
             num_cached=tally.num_cached,
@@ -148,8 +160,8 @@ class Panel:
         self._reported = counts
         return new
 
-    async def _judge_group(self, group: JudgeGroup, tally: _Tally) -> GroupVerdict:
-        start, counts = time.perf_counter(), _GroupTally()
+    async def _judge_group(self, group: JudgeGroup, tally: _Tally, context: Context) -> GroupVerdict:
+        start, counts = time.perf_counter(), _GroupTally(context)
         scored = await asyncio.gather(*(self._ask_pointwise(judge, group, tally, counts) for judge in self._pointwise))
         criteria = {judge.criterion: scores for judge, scores in zip(self._pointwise, scored, strict=True)}
         size, weights = len(group.candidates), self._settings.weights
@@ -209,7 +221,8 @@ class Panel:
             return [(first, second), (second, first)]
         if self._settings.pair_order == "random":
             # Drawn from the question itself, so that it depends neither on the batch nor on the layout.
-            digest = hashlib.sha256(f"{sample_id} {first} {second} {vote}".encode()).digest()
+            key = f"{self._settings.seed} {sample_id} {first} {second} {vote}"
+            digest = hashlib.sha256(key.encode()).digest()
             if digest[0] & 1:
                 return [(second, first)]
         return [(first, second)]
@@ -225,28 +238,10 @@ class Panel:
     async def _ask(
         self, judge: Judge, questions: Sequence[Question], tally: _Tally, counts: _GroupTally
     ) -> list[Verdict]:
-        """Verdicts from the ledger where it has them, the others from the judge, which are then kept."""
-        if self._ledger is None:
-            verdicts = list(await judge.ask(questions))
-            self._count(verdicts, tally, counts)
-            return verdicts
-        identity = judge.identity()
-        keys = [LedgerKey(judge.criterion, identity, judge.prompt_hash(q), q.vote) for q in questions]
-        found = self._ledger.find(keys)
-        open_questions = [i for i, verdict in enumerate(found) if verdict is None]
-        tally.num_cached += len(questions) - len(open_questions)
-        if open_questions:
-            new = await judge.ask([questions[i] for i in open_questions])
-            self._count(new, tally, counts)
-            self._ledger.add(
-                [
-                    LedgerEntry(keys[i], verdict, questions[i].group.sample_id, questions[i].options)
-                    for i, verdict in zip(open_questions, new, strict=True)
-                ]
-            )
-            for i, verdict in zip(open_questions, new, strict=True):
-                found[i] = verdict
-        return [verdict for verdict in found if verdict is not None]
+        given = await self._source.ask(judge, questions, counts.context)
+        self._count([answer.verdict for answer in given if not answer.cached], tally, counts)
+        tally.num_cached += sum(answer.cached for answer in given)
+        return [answer.verdict for answer in given]
 
     @staticmethod
     def _count(verdicts: Sequence[Verdict], tally: _Tally, counts: _GroupTally) -> None:

@@ -37,7 +37,7 @@ from megatron_sip.teacher.interfaces import (
     passages_hash,
 )
 from megatron_sip.teacher.ngram import NgramModel
-from megatron_sip.teacher.overuse import OveruseStatistics
+from megatron_sip.teacher.overuse import History, OveruseStatistics
 
 _COPY_LENGTH = 4
 
@@ -67,6 +67,10 @@ class QualityRecipe:
                 raise ConfigurationError(f"quality-settings {name} is {value}: give a number {limit}")
         return dataclasses.replace(self, **settings)
 
+    def fingerprint(self) -> str:
+        """Names the recipe in the ledger."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
 
 RECIPES: Mapping[str, QualityRecipe] = {
     "plain": QualityRecipe(unigram_discount=0.0, repetition=0.0),
@@ -95,15 +99,13 @@ class NgramQualityJudge:
         self._recipe = recipe
         self._overuse = OveruseStatistics(model) if recipe.overuse else None
         self._name = f"ngram-{model.order}"
-        self._model_id = model.fingerprint() + hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+        self._model_id = model.fingerprint() + recipe.fingerprint()
 
     def identity(self) -> JudgeIdentity:
-        state = f"@{self._overuse.fingerprint()}" if self._overuse else ""
-        return JudgeIdentity(self._name, self._model_id + state, sampling="")
+        return ngram_identity(self._name, self._model_id, self._overuse.history if self._overuse else None)
 
     def prompt_hash(self, question: Question) -> str:
-        group = question.group
-        return passages_hash([group.prefix, group.reference, *(group.candidates[i] for i in question.options)])
+        return ngram_prompt_hash(question)
 
     async def ask(self, questions: Sequence[Question]) -> list[Verdict]:
         start = time.perf_counter()
@@ -161,6 +163,17 @@ class NgramQualityJudge:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._overuse and state:
             self._overuse.load_state_dict(state)
+
+
+def ngram_identity(name: str, model: str, history: History | None) -> JudgeIdentity:
+    """``model``: fingerprints of model and recipe. The state of running statistics is part of who judges."""
+    return JudgeIdentity(name, model + (f"@{history.digest[:16]}" if history is not None else ""), sampling="")
+
+
+def ngram_prompt_hash(question: Question) -> str:
+    """Of all that an n-gram judge looks at."""
+    group = question.group
+    return passages_hash([group.prefix, group.reference, *(group.candidates[i] for i in question.options)])
 
 
 def _one_per_group(questions: Sequence[Question]) -> list[Question]:

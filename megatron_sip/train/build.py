@@ -68,17 +68,15 @@ def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelCo
     """The replica's teacher process, on its leader, if the run asks anything of one."""
     if not (uses_judge(config) or uses_rewriter(config)) or not context.is_leader:
         return None
-    teacher = config.teacher
-    if teacher.judge_ledger and context.dp_size > 1:
-        teacher = dataclasses.replace(teacher, judge_ledger=f"{teacher.judge_ledger}.{context.dp_rank}")
     options = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "judging": uses_judge(config),
         "rewriting": uses_rewriter(config),
         "replica": context.dp_rank,
         "num_replicas": context.dp_size,
+        "seed": config.training.seed,
     }
-    return TeacherProcess(teacher, options)
+    return TeacherProcess(config.teacher, options)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from megatron_sip.curriculum import Curriculum
 from megatron_sip.data.config import parse_blend
 from megatron_sip.engine import LearningRate
 from megatron_sip.errors import CheckpointError, ConfigurationError
+from megatron_sip.teacher.ledger.files import segments
 
 if TYPE_CHECKING:
     from megatron_sip.train.config import TrainConfig
@@ -204,7 +205,8 @@ def _check_judge(config: TrainConfig) -> None:
     kinds = {kind.value for kind in config.rollout.pool.kinds}
     teacher = config.teacher
     embedded = teacher.teacher == "embedded"
-    if uses_judge(config) and embedded and teacher.judge_quality_weight and not teacher.judge_model:
+    modelled = uses_judge(config) and embedded and teacher.judge_quality_weight and not teacher.replay_judgments
+    if modelled and not teacher.judge_model:
         raise ConfigurationError(
             "--judge-model is missing: fit the quality judge with tools/fit_judge.py, or give --judge-quality-weight 0"
         )
@@ -263,11 +265,13 @@ def _missing_kernels(config: TrainConfig) -> Iterator[str]:
 def _missing_teacher(config: TrainConfig) -> Iterator[str]:
     teacher = config.teacher
     roles = teacher.http_roles(uses_judge(config), uses_rewriter(config))
-    yield from teacher.missing_http(roles)
+    yield from teacher.missing_http(roles, replaying=bool(teacher.replay_judgments))
+    if teacher.replay_judgments and not segments(Path(teacher.replay_judgments)):
+        yield f"--replay-judgments: no ledger at {teacher.replay_judgments}; give the --judge-ledger of a run"
     if roles and importlib.util.find_spec("aiohttp") is None:
         yield "--teacher http: package aiohttp is not installed; pip install aiohttp"
     judges = uses_judge(config) and teacher.teacher == "embedded" and teacher.judge_quality_weight > 0
-    if judges and teacher.judge_model and not Path(teacher.judge_model).is_file():
+    if judges and teacher.judge_model and not teacher.replay_judgments and not Path(teacher.judge_model).is_file():
         yield f"--judge-model: no file {teacher.judge_model}; fit it with tools/fit_judge.py"
     if teacher.safety_words and not Path(teacher.safety_words).is_file():
         yield f"--safety-words: no file {teacher.safety_words}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from megatron_sip.checkpoint import CheckpointConfig, CheckpointManager
@@ -68,17 +67,21 @@ def _open_judges(
     options: EvaluationConfig, config: TrainConfig, policy: Policy, context: ParallelContext
 ) -> Iterator[dict[str, Judge]]:
     """The training's judge and, if given, the second, by the names of their models. Neither learns here."""
-    models = [options.judge or config.teacher.judge_model]
+    # A judge over HTTP is named as its server knows it, an embedded one by its file.
+    over_http = config.teacher.teacher == "http"
+    models = [options.judge or (config.teacher.judge_served_model if over_http else config.teacher.judge_model)]
     if options.second_judge is not None:
         models.append(options.second_judge)
+    own = {"tokenizer_fingerprint": policy.tokenizer.fingerprint, "rewriting": False}
+    own |= {"replica": context.dp_rank, "num_replicas": context.dp_size}
     with ExitStack() as stack:
         judges: dict[str, Judge] = {}
         for number, model in enumerate(models, start=1):
             teacher = dataclasses.replace(config.teacher, judge_model=model)
+            if over_http:
+                teacher = dataclasses.replace(config.teacher, judge_served_model=model)
             link = TeacherLink(
-                TeacherProcess(teacher, {"tokenizer_fingerprint": policy.tokenizer.fingerprint})
-                if context.is_leader
-                else None,
+                TeacherProcess(teacher, own) if context.is_leader else None,
                 policy.tokenizer,
                 context,
                 Timers(),
@@ -86,7 +89,7 @@ def _open_judges(
                 teacher.judge_timeout_s,
             )
             stack.callback(link.close)
-            judges[f"{number}: {Path(model).stem or 'judge'}"] = _ask(link)
+            judges[f"{number}: {model.rsplit('/')[-1].removesuffix('.npz') or 'judge'}"] = _ask(link)
         yield judges
 
 

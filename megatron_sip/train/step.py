@@ -137,7 +137,7 @@ class StepRunner:
         rollout_s = time.perf_counter() - started
         ticket = None
         if groups and self._preference.needs_judge:
-            ticket = self._teacher.submit_groups(groups)
+            ticket = self._teacher.submit_groups(groups, step=step)
         return PreparedStep(
             step=step,
             plan=plan,
@@ -158,7 +158,7 @@ class StepRunner:
         The rewriter works while the policy generates.
         """
         asked = [*rewritten, *(judged if self._pool.rewrite else ())]
-        ticket = self._teacher.submit_rewrites(asked) if asked else None
+        ticket = self._teacher.submit_rewrites(asked, step) if asked else None
         rollouts = self._generate(step, judged)
         rewrites = self._teacher.collect_rewrites(ticket, asked) if ticket is not None else []
         own, pooled = rewrites[: len(rewritten)], rewrites[len(rewritten) :]

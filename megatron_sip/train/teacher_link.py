@@ -57,11 +57,14 @@ class TeacherLink:
         self._timeout_s = timeout_s
         self._next_ticket = 0
 
-    def submit_groups(self, groups: Sequence[CandidateGroup], learn: bool = True) -> int:
-        """Hands groups to the judges; ``learn`` False leaves running statistics of a judge as they are."""
+    def submit_groups(self, groups: Sequence[CandidateGroup], learn: bool = True, step: int | None = None) -> int:
+        """Hands groups to the judges; ``learn`` False leaves running statistics of a judge as they are.
+
+        ``step``: optimizer steps before it, for the ledger.
+        """
         ticket = self._ticket()
         if self._process is not None:
-            self._process.submit(ticket, judge_request(groups, self._tokenizer, learn))
+            self._process.submit(ticket, judge_request(groups, self._tokenizer, learn, step))
         return ticket
 
     def collect_groups(self, ticket: int) -> JudgedGroups:
@@ -79,11 +82,11 @@ class TeacherLink:
                 judged = _judged(result, time.perf_counter() - started)
             return self._context.broadcast_object(judged)
 
-    def submit_rewrites(self, samples: Sequence[Sample]) -> int:
+    def submit_rewrites(self, samples: Sequence[Sample], step: int | None = None) -> int:
         """Asks for a rewrite of each sample's suffix."""
         ticket = self._ticket()
         if self._process is not None:
-            self._process.submit(ticket, rewrite_request(samples, self._tokenizer))
+            self._process.submit(ticket, rewrite_request(samples, self._tokenizer, step))
         return ticket
 
     def collect_rewrites(self, ticket: int, samples: Sequence[Sample]) -> list[IntArray | None]:

@@ -13,6 +13,7 @@ from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 from tests.data.corpora import write_corpus
 from tests.evaluation.claims import tool
 from tests.ranks import run_ranks
+from tests.teacher.http.server import FaultServer
 
 VOCAB = 60
 NUM_PREFIXES = 24
@@ -54,12 +55,19 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two policies of other seeds, saved at TP 2, compared at three layouts; and one with itself."""
+def folder(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two policies of other seeds, saved at TP 2."""
     folder = tmp_path_factory.mktemp("policies")
     two = [*flags, "--tensor-model-parallel-size", "2"]
     folders = {1: str(folder / "a"), 2: str(folder / "b")}
     run_ranks(2, "tests.evaluation.claims:save_policies", {"flags": two, "folders": folders})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(flags: list[str], folder: Path) -> dict[str, Any]:
+    """They are compared at three layouts; and one with itself."""
+    two = [*flags, "--tensor-model-parallel-size", "2"]
 
     def compare(world_size: int, own: list[str], baseline: str) -> Any:
         second = str(Path(flags[flags.index("--judge-model") + 1]).with_name("judge2.npz"))
@@ -106,6 +114,30 @@ def test_a_policy_ties_with_itself_and_not_with_another(results: dict[str, Any])
     assert all(item["win_rate"]["rate"] == 0.5 for item in results["itself"]["comparisons"])
     wins, _, losses, _ = counts(results["alone"])["T=1", "1: judge"]
     assert wins and losses
+
+
+def test_judges_behind_a_server_compare_by_their_served_names(flags: list[str], folder: Path) -> None:
+    """Model "first" prefers what it is shown first, "larger" the larger first number; every fifth answer is none."""
+
+    def answer(body: dict[str, Any], index: int) -> str:
+        text = body["messages"][0]["content"]
+        one, two = (int((text.split(f"<option_{i}>\n")[1].split() or ["0"])[0]) for i in (1, 2))
+        return f"Conclusion: Option {1 if body['model'] == 'first' or one > two else 2}"
+
+    def fault(number: int) -> str:
+        return "null" if number % 5 == 0 else ""
+
+    with FaultServer(answer=answer, fault=fault) as server:
+        argv = [*flags, "--checkpoint", str(folder / "a"), "--baseline", str(folder / "b"), "--teacher", "http"]
+        argv += ["--judge-endpoints", server.url, "--judge", "first", "--second-judge", "larger", "--temperature", "0"]
+        argv += ["--judge-parse-attempts", "1", "--num-prefixes", str(NUM_PREFIXES), "--pair-order", "both"]
+        result = run_ranks(1, "tests.evaluation.claims:run_tool", [*argv, "--output", str(folder / "http.json")])[0]
+    found = counts(result)
+    assert set(found) == {("greedy", "1: first"), ("greedy", "2: larger")}
+    assert {seen.body["model"] for seen in server.seen} == {"first", "larger"} and server.counts["null"] > 5
+    wins, ties, losses, missing = found["greedy", "1: first"]
+    assert wins + ties + losses + missing == NUM_PREFIXES and ties > NUM_PREFIXES / 3, "both orders cancel out"
+    assert sum(found["greedy", "2: larger"]) == NUM_PREFIXES and found["greedy", "2: larger"][1] < NUM_PREFIXES / 3
 
 
 def test_options_that_cannot_work_are_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,16 @@ def test_a_short_prefix_leaves_a_short_context():
     assert np.exp(log_probs) == pytest.approx([P1[0], P2_1_AFTER_0])
 
 
+def test_pooled_tokens_share_the_unigram_probability_of_all_of_them(tmp_path):
+    model = toy(pooled=[3, 0])
+    log_probs, log_unigrams = model.log_probs(np.array([], dtype=np.int64), [np.array([0, 1])])
+    assert np.exp(log_probs) == pytest.approx([P1[0], P2_1_AFTER_0])
+    assert np.exp(log_unigrams) == pytest.approx([P1[0] + P1[3], P1[1]])
+    assert model.fingerprint() != toy().fingerprint()
+    model.save(tmp_path / "judge.npz")
+    assert NgramModel.load(tmp_path / "judge.npz").fingerprint() == model.fingerprint()
+
+
 def test_repeated_passages_are_counted_once_with_a_dedup_window():
     passage = np.arange(10)
     model = fit_ngrams(np.concatenate([passage] * 3), np.array([10] * 3), vocab_size=10, order=2, dedup_window=4)

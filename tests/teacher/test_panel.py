@@ -17,6 +17,8 @@ from megatron_sip.teacher.interfaces import (
 from megatron_sip.teacher.ledger import Ledger
 from megatron_sip.teacher.panel import Panel, PanelSettings
 from megatron_sip.teacher.rewriter import CopyRewriter
+from megatron_sip.teacher.schedule import num_comparisons
+from megatron_sip.teacher.sources import Recording
 
 NAN = math.nan
 WEIGHTS = {"quality": 1.0, "safety": 2.0, "factuality": 0.0}
@@ -133,6 +135,10 @@ def test_random_order_is_fair_and_the_same_in_every_batch_and_changes_no_verdict
     for group in groups[:40]:
         judge(panel, group)
     assert [options == (1, 0) for options, _ in quality.asked] == swapped[:40]
+    other = ByValue()
+    judge(Panel(other, [], CopyRewriter(), settings(pair_order="random", seed=1)), *groups)
+    changed = sum(options == (1, 0) for options, _ in other.asked) - sum(swapped)
+    assert [options == (1, 0) for options, _ in other.asked] != swapped and abs(changed) < 100
 
 
 def test_a_judge_that_says_first_every_time_gains_nothing_from_random_order():
@@ -145,9 +151,9 @@ def test_a_judge_that_says_first_every_time_gains_nothing_from_random_order():
 def test_the_ledger_answers_repeated_questions_vote_by_vote(tmp_path):
     first, second = ByValue(), ByValue()
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    before = judge(Panel(first, [Even()], CopyRewriter(), settings(votes=3), ledger), make_group(5, 8, 2))
+    before = judge(Panel(first, [Even()], CopyRewriter(), settings(votes=3), Recording(ledger)), make_group(5, 8, 2))
     assert (before.num_cached, ledger.count()) == (0, 3 * 3 + 3 * 3)
-    after = judge(Panel(second, [Even()], CopyRewriter(), settings(votes=5), ledger), make_group(5, 8, 2))
+    after = judge(Panel(second, [Even()], CopyRewriter(), settings(votes=5), Recording(ledger)), make_group(5, 8, 2))
     assert after.groups[0].scores.tolist() == before.groups[0].scores.tolist()
     assert after.num_cached == 18
     assert [vote for _, vote in second.asked] == [3, 4] * 3
@@ -156,9 +162,11 @@ def test_the_ledger_answers_repeated_questions_vote_by_vote(tmp_path):
 
 def test_a_lost_verdict_is_asked_again_and_never_taken_from_the_ledger(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    lost = judge(Panel(ByValue(lambda f, s, v: NAN), [], CopyRewriter(), settings(), ledger), make_group(5, 8))
+    lost = judge(
+        Panel(ByValue(lambda f, s, v: NAN), [], CopyRewriter(), settings(), Recording(ledger)), make_group(5, 8)
+    )
     assert np.isnan(lost.groups[0].scores).all()
-    found = judge(Panel(ByValue(), [], CopyRewriter(), settings(), ledger), make_group(5, 8))
+    found = judge(Panel(ByValue(), [], CopyRewriter(), settings(), Recording(ledger)), make_group(5, 8))
     assert found.groups[0].scores.tolist() == [0.0, 1.0]
     assert found.num_cached == 0
 
@@ -200,3 +208,27 @@ def test_requests_reach_a_running_judge_one_after_another_in_order():
     other = Panel(Running(), [], CopyRewriter(), settings())
     other.load_state_dict(panel.state_dict())
     assert other.state_dict() == {"quality": {"observed": 4}}
+
+
+def test_quality_and_coherence_are_both_searched_for_the_ends_of_their_total():
+    class ByParity(ByValue):
+        """Even values are more coherent than odd ones; among equals it is a tie."""
+
+        criterion = "coherence"
+
+        def __init__(self):
+            super().__init__(lambda first, second, vote: 0.5 + (second % 2 - first % 2) / 2)
+
+    values = [7, 2, 9, 4, 16, 11, 5, 0, 13, 3, 8, 1]
+    weights = {"quality": 1.0, "coherence": 4.0}
+    chosen = settings(weights=weights, pair_schedule="best_worst")
+    quality, coherence = ByValue(), ByParity()
+    (verdict,) = judge(Panel(quality, [], CopyRewriter(), chosen, coherence=coherence), make_group(*values)).groups
+    budget = num_comparisons("best_worst", len(values))
+    assert len(quality.asked) <= budget and len(coherence.asked) <= budget
+    assert verdict.num_comparisons == len(quality.asked) + len(coherence.asked) < 2 * 12 * 11 / 2
+    np.testing.assert_allclose(
+        verdict.scores, verdict.criteria["quality"] + 4 * verdict.criteria["coherence"], equal_nan=True
+    )
+    best, worst = values[int(np.nanargmax(verdict.scores))], values[int(np.nanargmin(verdict.scores))]
+    assert best in (16, 8) and worst in (1, 3), "coherence decides, quality breaks its ties"

@@ -69,6 +69,24 @@ def test_shuffled_text_and_copies_of_the_prefix_and_stubs_lose_to_real_text(corp
     assert wins_against_real_text(default, corpus, lambda p, s: s[:2]) <= 0.2
 
 
+def test_runs_of_random_digits_gain_nothing_once_digits_are_pooled():
+    """A thousand documents of words (100 kinds) and of numbers (10 digits, a tenth of the text), both uniformly drawn.
+
+    Within its kind any token has p = 1/100 or 1/10; alone .009 or .01, and pooled digits .1. So half of the unigram
+    leaves log .01 - log(.009) / 2 = -2.25 for words, log .1 - log(.01) / 2 = 0 for digits, pooled -1.15.
+    """
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(10, 110, 100) if i % 10 else rng.integers(0, 10, 100) for i in range(1000)]
+    values = []
+    for pooled in ((), range(10)):
+        model = fit_ngrams(np.concatenate(documents), np.full(1000, 100), vocab_size=110, order=2, pooled=pooled)
+        judge = NgramQualityJudge(model, QualityRecipe(unigram_discount=0.5, repetition=0.0))
+        words, digits = rng.integers(10, 110, 2000), rng.integers(0, 10, 2000)
+        values.append(judge.scores(make_group([10], words, words, digits)))
+    assert values[0] == pytest.approx([-2.25, 0.0], abs=0.1)
+    assert values[1] == pytest.approx([-2.25, -1.15], abs=0.1)
+
+
 def test_repetition_and_copying_are_shares_of_ngrams():
     assert repetition(np.arange(10)) == 0
     assert repetition(np.array([1, 1, 1, 1])) == pytest.approx((2 / 3 + 1 / 2) / 2)

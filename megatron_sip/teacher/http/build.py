@@ -16,10 +16,14 @@ from megatron_sip.teacher.http.templates import load_template
 class HttpTeacher:
     """Makes judges and rewriter; roles that share their endpoints share a client, its limits and connections."""
 
-    def __init__(self, config: TeacherConfig, replica: int = 0, num_replicas: int = 1) -> None:
-        """``replica`` of ``num_replicas``: the run-wide rate limit is split over them evenly."""
+    def __init__(self, config: TeacherConfig, replica: int = 0, num_replicas: int = 1, replaying: bool = False) -> None:
+        """``replica`` of ``num_replicas``: the run-wide rate limit is split over them evenly.
+
+        ``replaying``: judges and rewriter say what they would ask, and nobody is asked; endpoints are not needed.
+        """
         self._config = config
         self._replica = replica
+        self._replaying = replaying
         self._num_replicas = num_replicas
         self._clients: dict[tuple[str, ...], ChatClient] = {}
         self._judges: list[HttpJudge] = []
@@ -71,9 +75,11 @@ class HttpTeacher:
 
     def _client(self, role: str) -> ChatClient:
         config = self._config
-        if missing := config.missing_http({role: 1}):
+        if missing := config.missing_http({role: 1}, self._replaying):
             raise ConfigurationError(missing[0])
         urls = tuple(url.rstrip("/") for url in config.role_settings(role, 1).endpoints)
+        if self._replaying:
+            urls = ("http://replayed.invalid/v1",)
         if urls not in self._clients:
             settings = ClientSettings(
                 max_in_flight=config.judge_max_in_flight,

@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,14 @@ class ChatClient:
     def endpoints(self) -> Sequence[Endpoint]:
         return self._pool.endpoints
 
-    async def complete(self, body: Mapping[str, Any]) -> Reply | Failure:
-        """Answer to one chat completion request. Waits while ``max_in_flight`` others are under way."""
-        payload = _encoded(body)
+    async def complete(self, body: Callable[[], Mapping[str, Any]]) -> Reply | Failure:
+        """Answer to one chat completion request. Waits while ``max_in_flight`` others are under way.
+
+        ``body`` is made when its turn has come: of a hundred thousand questions only those under way take memory.
+        """
         async with self._slots:
             self.counts["requests"] += 1
-            outcome = await self._until_answered(payload)
+            outcome = await self._until_answered(_encoded(body()))
         self.counts["answered" if isinstance(outcome, Reply) else "failed"] += 1
         return outcome
 

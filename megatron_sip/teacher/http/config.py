@@ -128,12 +128,12 @@ class HttpOptions:
         if not 0 <= self.judge_hedge_percentile < 100:
             raise ConfigurationError(f"judge-hedge-percentile is {self.judge_hedge_percentile}: give 0 to below 100")
 
-    def missing_http(self, roles: Mapping[str, int]) -> list[str]:
-        """What a run needs and does not have yet, one line each."""
+    def missing_http(self, roles: Mapping[str, int], replaying: bool = False) -> list[str]:
+        """What a run needs and does not have yet, one line each. ``replaying``: nobody is asked."""
         missing = []
         for role, votes in roles.items():
             settings = self.role_settings(role, votes)
-            if not settings.endpoints:
+            if not settings.endpoints and not replaying:
                 missing.append(
                     f"--judge-endpoints: none for {role}; start a server (vllm serve) and give http://HOST:PORT/v1"
                 )

@@ -7,6 +7,7 @@ way, which decides). The words are those of an electric circuit breaker.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Sequence
@@ -82,10 +83,10 @@ class EndpointPool:
             # Those half-open are decided by their probe, which sets the event.
             rests = [e.rest_until for e in self.endpoints if e.state is not State.HALF_OPEN]
             changed = self._changed
-            try:
-                await asyncio.wait_for(changed.wait(), max(0.001, min([deadline, *rests]) - now))
-            except TimeoutError:
-                continue
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.001, min([deadline, *rests]) - now)):
+                    await changed.wait()
 
     def try_acquire(self, avoid: Endpoint | None = None) -> Lease | None:
         """The same without waiting."""

@@ -40,6 +40,19 @@ def request_body(settings: RoleSettings, messages: Sequence[Mapping[str, str]]) 
     return body
 
 
+def identity_of(role: str, settings: RoleSettings) -> JudgeIdentity:
+    """Who answers in a role: its model, and how it is sampled."""
+    sampling = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        "reasoning_effort": settings.reasoning_effort,
+        "structured_output": settings.structured_output,
+        "chat_template_kwargs": dict(settings.chat_template_kwargs),
+    }
+    return JudgeIdentity(f"http-{role}", settings.model, json.dumps(sampling, sort_keys=True, default=str))
+
+
 class HttpJudge:
     """Pairwise (quality, coherence) or pointwise (safety, factuality), by its criterion."""
 
@@ -65,18 +78,7 @@ class HttpJudge:
         """``asked_again``: verdicts asked for once more because a completion held none."""
 
     def identity(self) -> JudgeIdentity:
-        settings = self._settings
-        sampling = {
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "max_tokens": settings.max_tokens,
-            "reasoning_effort": settings.reasoning_effort,
-            "structured_output": settings.structured_output,
-            "chat_template_kwargs": dict(settings.chat_template_kwargs),
-        }
-        return JudgeIdentity(
-            f"http-{self.criterion}", settings.model, json.dumps(sampling, sort_keys=True, default=str)
-        )
+        return identity_of(self.criterion, self._settings)
 
     def prompt_hash(self, question: Question) -> str:
         return prompt_digest(self._messages(question))
@@ -87,7 +89,7 @@ class HttpJudge:
         for index, question in enumerate(questions):
             alike[id(question.group), question.options].append(index)
         answers = await asyncio.gather(
-            *(self._votes(self._messages(questions[indices[0]]), len(indices)) for indices in alike.values())
+            *(self._votes(questions[indices[0]], len(indices)) for indices in alike.values())
         )
         verdicts = [Verdict(NAN)] * len(questions)
         for indices, votes in zip(alike.values(), answers, strict=True):
@@ -102,12 +104,13 @@ class HttpJudge:
         values |= {f"option_{number}": text for number, text in enumerate(texts, 1)}
         return self._template.render(values)
 
-    async def _votes(self, messages: Sequence[Mapping[str, str]], count: int) -> list[Verdict]:
+    def _body(self, question: Question) -> dict[str, Any]:
+        body = request_body(self._settings, self._messages(question))
+        return {**body, **(self._format.structured if self._settings.structured_output else {})}
+
+    async def _votes(self, question: Question, count: int) -> list[Verdict]:
         """``count`` samples of one prompt; those without a verdict are drawn again a few times."""
-        body = request_body(self._settings, messages)
-        if self._settings.structured_output:
-            body |= self._format.structured
-        verdicts = await self._draw(body, count)
+        verdicts = await self._draw(question, count)
         for _ in range(self._parse_attempts - 1):
             again = [
                 i for i, (verdict, drawn) in enumerate(verdicts) if drawn and kind_of(verdict.failure) in _ASK_AGAIN
@@ -115,37 +118,45 @@ class HttpJudge:
             if not again:
                 break
             self.counts["asked_again"] += len(again)
-            for index, new in zip(again, await self._draw(body, len(again)), strict=True):
+            for index, new in zip(again, await self._draw(question, len(again)), strict=True):
                 verdicts[index] = new
         return [verdict for verdict, _ in verdicts]
 
-    async def _draw(self, body: Mapping[str, Any], count: int) -> list[tuple[Verdict, bool]]:
+    async def _draw(self, question: Question, count: int) -> list[tuple[Verdict, bool]]:
         """``count`` verdicts, each with whether a completion came at all."""
-        start = time.monotonic()
+        choices: tuple[Choice, ...] = ()
+        latency = 0.0
         if count > 1 and self._batch_votes:
-            reply = await self._client.complete({**body, "n": count})
-            if isinstance(reply, Failure):
-                if reply.kind != REJECTED:
-                    return [self._failed(reply, start)] * count
-                choices: tuple[Choice, ...] = ()
-            else:
+            reply, latency = await self._complete(question, count)
+            if isinstance(reply, Reply):
                 choices = reply.choices[:count]
+            elif reply.kind != REJECTED:
+                return [_failed(reply, latency)] * count
             if len(choices) < count:
                 # It ignores n, or refuses it: single requests from now on.
                 self._batch_votes = False
-        else:
-            choices = ()
-        verdicts = [(verdict_of(choice, self._format, time.monotonic() - start), True) for choice in choices]
-        rest = [self._draw_one(body) for _ in range(count - len(verdicts))]
+        verdicts = [(verdict_of(choice, self._format, latency), True) for choice in choices]
+        rest = [self._draw_one(question) for _ in range(count - len(verdicts))]
         return verdicts + await asyncio.gather(*rest)
 
-    async def _draw_one(self, body: Mapping[str, Any]) -> tuple[Verdict, bool]:
-        start = time.monotonic()
-        reply = await self._client.complete(body)
+    async def _draw_one(self, question: Question) -> tuple[Verdict, bool]:
+        reply, latency = await self._complete(question)
         if isinstance(reply, Reply):
-            return verdict_of(reply.choices[0], self._format, time.monotonic() - start), True
-        return self._failed(reply, start)
+            return verdict_of(reply.choices[0], self._format, latency), True
+        return _failed(reply, latency)
 
-    @staticmethod
-    def _failed(failure: Failure, start: float) -> tuple[Verdict, bool]:
-        return Verdict(NAN, failure=str(failure), latency_s=time.monotonic() - start), False
+    async def _complete(self, question: Question, count: int = 1) -> tuple[Reply | Failure, float]:
+        """The answer, and its seconds from when the request had a place in flight, retries included."""
+        begun = time.monotonic()
+
+        def body() -> dict[str, Any]:
+            nonlocal begun
+            begun = time.monotonic()
+            return self._body(question) | ({"n": count} if count > 1 else {})
+
+        reply = await self._client.complete(body)
+        return reply, time.monotonic() - begun
+
+
+def _failed(failure: Failure, latency_s: float) -> tuple[Verdict, bool]:
+    return Verdict(NAN, failure=str(failure), latency_s=latency_s), False

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_sip.teacher.http.client import ChatClient
 from megatron_sip.teacher.http.config import RoleSettings
 from megatron_sip.teacher.http.failures import REFUSED, SERVER, UNPARSABLE, Failure
-from megatron_sip.teacher.http.judges import request_body
+from megatron_sip.teacher.http.judges import identity_of, request_body
 from megatron_sip.teacher.http.reply import Choice
-from megatron_sip.teacher.http.templates import Template
+from megatron_sip.teacher.http.templates import Template, prompt_digest
 from megatron_sip.teacher.http.verdicts import is_refusal
-from megatron_sip.teacher.interfaces import Rewrite, RewriteItem
+from megatron_sip.teacher.interfaces import JudgeIdentity, Rewrite, RewriteItem
 
 NUM_LEAD_IN_WORDS = 5
 _LAST_WORDS = re.compile(rf"(?:\S+\s+){{0,{NUM_LEAD_IN_WORDS - 1}}}\S+\s*\Z")
@@ -49,23 +51,32 @@ class HttpRewriter:
     async def rewrite(self, items: Sequence[RewriteItem]) -> list[Rewrite]:
         return list(await asyncio.gather(*(self._rewrite(item) for item in items)))
 
-    async def _rewrite(self, item: RewriteItem) -> Rewrite:
-        start = lead_in(item.prefix.text)
+    def identity(self) -> JudgeIdentity:
+        return identity_of("rewriter", self._settings)
+
+    def prompt_hash(self, item: RewriteItem) -> str:
+        return prompt_digest(self._messages(item, lead_in(item.prefix.text)))
+
+    def _messages(self, item: RewriteItem, start: str) -> list[dict[str, str]]:
         messages = self._template.render({"prefix": item.prefix.text, "suffix": item.suffix.text, "lead_in": start})
         # White space at the end of what is given would split the model's next token from its blank.
         messages[-1]["content"] = messages[-1]["content"].rstrip()
         if self._prefilled and not messages[-1]["content"]:
             messages.pop()
-        body = request_body(self._settings, messages)
+        return messages
+
+    async def _rewrite(self, item: RewriteItem) -> Rewrite:
+        began, start = time.monotonic(), lead_in(item.prefix.text)
         rewrite = Rewrite(None)
         for _ in range(self._attempts):
-            reply = await self._client.complete(body)
+            reply = await self._client.complete(lambda: request_body(self._settings, self._messages(item, start)))
             if isinstance(reply, Failure):
-                return Rewrite(None, failure=str(reply))
+                rewrite = Rewrite(None, failure=str(reply))
+                break
             rewrite = self._read(reply.choices[0], item, start)
             if rewrite.text is not None:
                 break
-        return rewrite
+        return replace(rewrite, latency_s=time.monotonic() - began)
 
     def _read(self, choice: Choice, item: RewriteItem, start: str) -> Rewrite:
         # Cut off at max_tokens it is as good as whole: it is clipped to the length of a suffix anyway.

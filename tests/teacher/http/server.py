@@ -133,6 +133,13 @@ class FaultServer:
             text = "<html>it works</html>"
         if name == "truncated-json":
             text = text[: len(text) // 2]
+        if name == "trickle":
+            slow = web.StreamResponse(headers={"Content-Type": "application/json"})
+            await slow.prepare(request)
+            for _ in range(int(float(argument) / 0.1)):
+                await slow.write(b" ")
+                await asyncio.sleep(0.1)
+            return slow
         if name == "truncated-body":
             response = web.StreamResponse(
                 headers={"Content-Length": str(len(text)), "Content-Type": "application/json"}

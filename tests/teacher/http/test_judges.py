@@ -1,7 +1,9 @@
 """Covers judges, rewriter and panel over HTTP against a real server: votes, orders, missing verdicts, exact counts."""
 
 import asyncio
+import itertools
 import math
+import tempfile
 from collections import Counter
 
 import numpy as np
@@ -12,6 +14,7 @@ from megatron_sip.teacher import JudgeRequest, RewriteRequest, TeacherConfig, Te
 from megatron_sip.teacher.build import build_teacher
 from megatron_sip.teacher.http.rewriter import lead_in
 from megatron_sip.teacher.interfaces import JudgeGroup, Passage, RewriteItem
+from megatron_sip.teacher.ledger.reading import Filter, Reader
 from tests.teacher.http.server import FaultServer
 
 EMPTY = np.zeros(0, dtype=np.int64)
@@ -216,6 +219,53 @@ def test_a_hundred_votes_stay_a_hundred_when_they_come_from_the_ledger(tmp_path)
     for result in (first, again):
         np.testing.assert_allclose(result.groups[0].scores, [0.3, 0.7])
     assert (first.num_cached, again.num_cached) == (0, 100) and len(server.seen) == 1
+
+
+@pytest.mark.parametrize("requests", ["n", "single"])
+def test_votes_that_fail_are_missing_and_asked_anew_and_the_others_stay(tmp_path, requests):
+    asked = itertools.count()
+
+    def answer(body, index):
+        # Of the first hundred votes thirty are for option 1, ten say nothing, sixty are for option 2.
+        number = next(asked)
+        return "Hm." if 30 <= number < 40 else f"Conclusion: Option {1 if number < 30 else 2}"
+
+    ledger = tmp_path / "ledger.sqlite"
+    chosen = {"judge_votes": 100, "pair_order": "fixed", "judge_ledger": str(ledger), "judge_parse_attempts": 1,
+              "judge_vote_requests": requests, "judge_max_in_flight": 1}  # fmt: skip
+    with FaultServer(answer=answer) as server:
+        first = judge(config(server, **chosen), group("1", "2"))
+        second = judge(config(server, **chosen), group("1", "2"))
+        third = judge(config(server, **chosen), group("1", "2"))
+    np.testing.assert_allclose(first.groups[0].scores, [30 / 90, 60 / 90])
+    assert (first.groups[0].num_calls, first.failures, first.num_cached) == (100, {"unparsable": 10}, 0)
+    np.testing.assert_allclose(second.groups[0].scores, [0.3, 0.7])
+    assert (second.groups[0].num_calls, second.failures, second.num_cached) == (10, {}, 90)
+    assert (third.groups[0].num_calls, third.num_cached, list(third.groups[0].scores)) == (0, 100, [0.3, 0.7])
+    assert len(server.seen) == (2 if requests == "n" else 110) and next(asked) == 110
+    rows = list(Reader(ledger).rows(Filter(), with_raw=True))
+    assert len(rows) == 110 and len({row.values["vote"] for row in rows}) == 100
+    assert Counter(row.values["score"] for row in rows) == {1.0: 30, 0.0: 70, None: 10}
+    assert Counter(row.raw for row in rows)["Hm."] == 10
+
+
+def test_a_latency_is_that_of_the_server_without_the_wait_for_a_place():
+    with FaultServer(delay_s=0.1) as server:
+        result = judge(config(server, judge_max_in_flight=2), *(group("1", "2", sample_id=i) for i in range(20)))
+    assert len(result.latencies_s) == 20 and np.median(result.latencies_s) < 0.5 and result.latencies_s.min() >= 0.1
+    assert max(verdict.latency_s for verdict in result.groups) >= 1.0, "that of a group includes it"
+
+
+def test_votes_of_equal_questions_are_asked_once_and_answer_both():
+    """A rewrite that copies the suffix: with a ledger both pairs get the same hundred votes, not a mixture of two."""
+    answers = itertools.cycle(["Conclusion: Option 1", "Conclusion: Option 2", "Conclusion: Option 2"])
+    with FaultServer(answer=lambda body, index: next(answers)) as server, tempfile.TemporaryDirectory() as folder:
+        chosen = config(server, judge_votes=100, pair_order="fixed", judge_ledger=f"{folder}/l.sqlite")
+        result = judge(chosen, group("same", "same", "other"))
+    scores = result.groups[0].scores
+    # Suffix against rollout and copy against rollout are one question, suffix against copy another.
+    assert result.num_cached == 100 and result.groups[0].num_calls == 200
+    assert sum(seen.body["n"] for seen in server.seen) == 200 and scores.sum() == pytest.approx(1.5)
 
 
 REWRITER = {"rewriter": "http"}

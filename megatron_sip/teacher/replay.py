@@ -1,0 +1,148 @@
+"""A recorded run again, with no judge at all: verdicts and rewrites come from its ledger (``--replay-judgments``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_sip.errors import ConfigurationError, JudgeError
+from megatron_sip.teacher.interfaces import (
+    Judge,
+    JudgeGroup,
+    JudgeIdentity,
+    Question,
+    RecordableRewriter,
+    Rewrite,
+    RewriteItem,
+    Rewriter,
+    Verdict,
+)
+from megatron_sip.teacher.ledger import Archive, Asked, Context, Recorded
+from megatron_sip.teacher.overuse import History
+from megatron_sip.teacher.quality import QualityRecipe, ngram_identity, ngram_prompt_hash
+from megatron_sip.teacher.sources import REWRITER, Given, asked_of, rewrite_key, rewrite_of
+
+
+class Replay:
+    """The verdicts of a recorded run, failures included. Nobody is asked; latencies are the recorded ones."""
+
+    def __init__(self, archive: Archive, replica: int = 0) -> None:
+        """``replica``: where several replicas asked the same question, its own record counts."""
+        self._archive = archive
+        self._replica = replica
+        self._failed: Counter[str] = Counter()
+        """Per vote, how many of its recorded failures were met."""
+
+    async def ask(self, judge: Judge, questions: Sequence[Question], context: Context) -> list[Given]:
+        identity, asked = judge.identity(), asked_of(judge, questions)
+        recorded = self._archive.find(judge.criterion, identity, set(asked))
+        given: dict[Asked, Verdict] = {}
+        for key, question in zip(asked, questions, strict=True):
+            if key not in recorded:
+                candidates = " and ".join(map(str, question.options))
+                what = f"{judge.criterion} of sample {context.sample_id}, candidate {candidates}, vote {question.vote}"
+                raise JudgeError(self._not_found(judge.criterion, identity, what))
+            if key not in given:
+                given[key] = self.next_of(judge.criterion, key, recorded[key])
+        calls = set(given)
+        answers = []
+        for key in asked:
+            answers.append(Given(given[key], cached=key not in calls))
+            calls.discard(key)
+        return answers
+
+    async def rewrite(self, rewriter: Rewriter, items: Sequence[RewriteItem], step: int | None) -> Sequence[Rewrite]:
+        """Rules are run again; what a model wrote was recorded."""
+        if not isinstance(rewriter, RecordableRewriter):
+            return await rewriter.rewrite(items)
+        return [self._rewrite(rewriter, item) for item in items]
+
+    def _rewrite(self, rewriter: RecordableRewriter, item: RewriteItem) -> Rewrite:
+        identity, key = rewriter.identity(), rewrite_key(rewriter, item)
+        recorded = self._archive.find(REWRITER, identity, {key}, with_raw=True)
+        if key not in recorded:
+            raise JudgeError(self._not_found(REWRITER, identity, f"the rewrite of sample {item.sample_id}"))
+        return rewrite_of(self.next_of(REWRITER, key, recorded[key]), item)
+
+    def next_of(self, criterion: str, key: Asked, recorded: Sequence[Recorded]) -> Verdict:
+        """The verdict that the recorded run met at this point: its failures one after another, then its answer."""
+        own = [entry for entry in recorded if entry.replica == self._replica] or recorded
+        name = f"{criterion} {key.prompt.hex()} {key.vote}"
+        verdict = own[min(self._failed[name], len(own) - 1)].verdict
+        if verdict.failure:
+            self._failed[name] += 1
+        return verdict
+
+    def _not_found(self, criterion: str, identity: JudgeIdentity, what: str) -> str:
+        if identity not in self._archive.identities(criterion):
+            others = "; ".join(_described(other) for other in self._archive.identities(criterion)[:3]) or "none"
+            why = f"it knows no {_described(identity)}, but {others}; give the judge options of the recorded run"
+        else:
+            why = "this run asks what the recorded one did not; give its data, seed, layout and options"
+        return f"replay-judgments {self._archive.base} lacks {what}: {why}, or leave out --replay-judgments"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"failed": dict(self._failed)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._failed = Counter(state.get("failed", {}))
+
+    def close(self) -> None:
+        self._archive.close()
+
+
+class ReplayedQualityJudge:
+    """Stands for the embedded n-gram judge without its model: it knows what would be asked, and under which name.
+
+    The judge's running statistics are named by the rollouts that they have seen; the name is all that is kept of them.
+    """
+
+    criterion = "quality"
+
+    def __init__(self, archive: Archive, recipe: QualityRecipe, model: str | None = None) -> None:
+        """``model``: fingerprint of the judge's model, needed only where the ledger knows several with this recipe.
+
+        Raises ConfigurationError if it knows none, or several and no model is given.
+        """
+        known = archive.identities(self.criterion)
+        of_recipe = {
+            (identity.name, identity.model.partition("@")[0])
+            for identity in known
+            if identity.model.partition("@")[0].endswith(recipe.fingerprint())
+        }
+        fitting = {pair for pair in of_recipe if model is None or pair[1].startswith(model)}
+        if len(fitting) != 1:
+            found = ", ".join(sorted({identity.model.partition("@")[0] for identity in known})[:5]) or "none"
+            what = "several embedded quality judges" if fitting else "no embedded quality judge"
+            raise ConfigurationError(
+                f"replay-judgments {archive.base} knows {what} with these quality settings (models: {found}): give the "
+                "recorded run's quality-judge, quality-settings and judge-model"
+            )
+        self._name, self._model = fitting.pop()
+        self._history = History() if recipe.overuse else None
+
+    def identity(self) -> JudgeIdentity:
+        return ngram_identity(self._name, self._model, self._history)
+
+    def prompt_hash(self, question: Question) -> str:
+        return ngram_prompt_hash(question)
+
+    async def ask(self, questions: Sequence[Question]) -> Sequence[Verdict]:
+        raise JudgeError("a replayed judge was asked: its verdicts come from the ledger")
+
+    def observe(self, groups: Sequence[JudgeGroup]) -> None:
+        if self._history is not None:
+            self._history.observe(groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self._history.digest} if self._history is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._history is not None and state:
+            self._history.digest = str(state["history"])
+
+
+def _described(identity: JudgeIdentity) -> str:
+    sampling = f" ({identity.sampling})" if identity.sampling else ""
+    return f"{identity.name}, model {identity.model}{sampling}"
