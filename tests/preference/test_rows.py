@@ -141,3 +141,17 @@ def test_what_does_not_fit_its_block_is_refused(row, words):
 def test_more_rows_than_micro_batches_hold_are_refused():
     with pytest.raises(ValueError, match="3 rows do not fit into 1 micro-batches of 2"):
         build_rows([Row(array([1]), (array([1]),))] * 3, RowShape(2, 1), 1, num_micro_batches=1)
+
+
+def test_prefix_blocks_fit_their_micro_batch_in_steps_of_64_and_the_longest_at_most():
+    rows = [Row(array([1] * n), (array([2]), array([3]))) for n in (3, 70, 130, 1)]
+    widths = [b.layout.prefix_block for b in build_rows(rows, RowShape(1, 4), num_candidates=2)]
+    assert widths == [64, 128, 130, 64]
+    divisible = build_rows(rows, RowShape(2, 3, pad_multiple=4), num_candidates=2)
+    assert [b.layout.length for b in divisible] == [136, 136], "128 + 6 and 130 + 6, rounded up to a multiple of 4"
+
+
+def test_real_tokens_are_those_of_rows_that_teach_with_each_prefix_once():
+    rows = [Row(array([1] * 5), (array([2, 3]), array([4]))), Row(array([1] * 2), (array([2]), array([3])), weight=0.0)]
+    (batch,) = build_rows(rows, RowShape(2, 4), num_candidates=2)
+    assert int(batch.num_real_tokens()) == 5 + 2 + 1
