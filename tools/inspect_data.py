@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
-from megatron_sip.data.card import card_text, corpus_cards, histogram_svg
-from megatron_sip.data.config import DataConfig, parse_blend
+from megatron_sip.data.card import card_svg, card_text, corpus_cards
+from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
 from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from megatron_sip.tokenizer.config import TOKENIZER_TYPES
@@ -30,13 +30,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--suffix-length", type=int, default=defaults.suffix_length)
     parser.add_argument("--min-prefix-length", type=int, default=defaults.min_prefix_length)
     parser.add_argument("--min-suffix-length", type=int)
-    parser.add_argument("--sample-cut", choices=("chunk", "random"), default=defaults.sample_cut)
+    parser.add_argument("--sample-cut", choices=SAMPLE_CUTS, default=defaults.sample_cut)
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
     parser.add_argument("--num-samples", type=int, default=3, help="samples to decode")
     parser.add_argument("--seed", type=int, default=0, help="which samples")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths and sources")
     return parser.parse_args()
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         for card in cards:
             print(card_text(card, config))
         if options.plot is not None:
-            options.plot.write_text(histogram_svg(cards), encoding="utf-8")
+            options.plot.write_text(card_svg(cards), encoding="utf-8")
         if options.num_samples:
             show_samples(options, config, tokenizer)
     except SIPError as error:

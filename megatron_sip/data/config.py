@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
 
+SAMPLE_CUTS = ("chunk", "random", "last")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -35,8 +37,9 @@ class DataConfig:
     )
     sample_cut: str = option(
         "chunk",
-        help="'chunk': every chunk of N tokens of a document once per epoch; 'random': one random cut per document.",
-        choices=("chunk", "random"),
+        help="'chunk': every chunk of N tokens of a document once per epoch; 'random': one random cut per document; "
+        "'last': a document's last N tokens (tools/select_unsafe.py writes such documents).",
+        choices=SAMPLE_CUTS,
     )
     eod_mask_loss: bool = option(False, help="Leave the prediction after an end-of-document token out of the loss.")
     data_seed: int | None = option(None, help="Seed of the sample order (default: --seed).")
@@ -68,8 +71,8 @@ class DataConfig:
             )
         if self.data_seed is not None and self.data_seed < 0:
             raise ConfigurationError(f"--data-seed is {self.data_seed}: give 0 or more, or leave it out")
-        if self.sample_cut not in ("chunk", "random"):
-            raise ConfigurationError(f"--sample-cut {self.sample_cut}: choose chunk or random")
+        if self.sample_cut not in SAMPLE_CUTS:
+            raise ConfigurationError(f"--sample-cut {self.sample_cut}: choose {', '.join(SAMPLE_CUTS)}")
         for name in ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path"):
             parse_blend(getattr(self, name), f"--{name.replace('_', '-')}")
 

@@ -32,6 +32,10 @@ class SampleLoader:
         """The one count of the log: the sum over streams."""
         return sum(self._consumed.values())
 
+    def epoch_length(self, stream: str) -> int:
+        """Samples of one pass through a stream."""
+        return self._streams[stream].epoch_length
+
     def epoch(self, stream: str) -> float:
         """How often a stream has been passed through."""
         return self._consumed[stream] / self._streams[stream].epoch_length

@@ -34,7 +34,7 @@ from megatron_sip.tokenizer import Tokenizer
 NUM_COUNTERS = 6
 """Shared by the workers for the progress line: lines, documents, errors, bytes of text, tokens, bytes read."""
 _LOCK_WAIT_S = 30.0
-_SUFFIXES = (".bin", ".idx", ".meta.json")
+_SUFFIXES = (".bin", ".idx", ".meta.json", ".sources")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def make_plan(config: PreprocessConfig, folder: Path, tokenizer: Tokenizer) -> S
         "filters": asdict(config.filters),
         "excluded": None if excluded is None else hashlib.sha256(Path(excluded).read_bytes()).hexdigest(),
     }
+    if config.source_field is not None:
+        options["source_field"] = config.source_field
     plan = ShardPlan(folder, shards, options)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(plan.as_json()))
@@ -110,8 +112,8 @@ def _differences(found: Any, wanted: dict[str, Any]) -> str:
         return "options (damaged file)"
     names = [
         f"{name} {found['options'].get(name)!r}"
-        for name, v in wanted["options"].items()
-        if v != found["options"].get(name)
+        for name in sorted(wanted["options"] | found["options"])
+        if wanted["options"].get(name) != found["options"].get(name)
     ]
     if found.get("shards") != wanted["shards"]:
         names.append(f"inputs ({len(found.get('shards') or ())} files, now {len(wanted['shards'])}, or other sizes)")
@@ -204,7 +206,7 @@ def write_shard(
             for batch in map(encoder, read_file(shard.source, config.reading)):
                 report.count(batch, config.on_error, config.json_keys)
                 for writer, column in zip(writers.values(), batch.columns, strict=True):
-                    writer.add_documents(column.tokens, column.lengths)
+                    writer.add_documents(column.tokens, column.lengths, column.sources)
                 if counters is not None:
                     _advance(counters, batch, batch.num_bytes_read - num_bytes_before)
                 num_bytes_before = batch.num_bytes_read

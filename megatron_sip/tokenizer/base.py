@@ -29,6 +29,24 @@ def vocabulary_fingerprint(pieces: Iterable[bytes], eod_id: int) -> str:
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
+def joined(
+    tokens: TokenArray, lengths: NDArray[np.int64], before: Sequence[int], after: Sequence[int]
+) -> tuple[TokenArray, NDArray[np.int64]]:
+    """Packed documents with the ids ``before`` and ``after`` around each of them."""
+    if not before and not after:
+        return tokens, lengths
+    longer = lengths + len(before) + len(after)
+    ends = np.cumsum(longer)
+    result = np.empty(len(tokens) + (len(before) + len(after)) * len(lengths), dtype=tokens.dtype)
+    is_text = np.ones(len(result), dtype=bool)
+    for positions, ids in ((ends - longer, before), (ends - len(after), after)):
+        for number, value in enumerate(ids):
+            result[positions + number] = value
+            is_text[positions + number] = False
+    result[is_text] = tokens
+    return result, longer
+
+
 class Tokenizer(ABC):
     """Text to token ids and back."""
 
@@ -46,6 +64,12 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
         """Ids of several documents, each as an integer array, by the library's fastest way."""
         return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
+
+    def encode_packed(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
+        """Ids of several documents one after the other, [tokens], and how many each has, int64 [documents]."""
+        rows = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return (np.concatenate(rows) if rows else np.zeros(0, np.int64)), lengths
 
     @abstractmethod
     def decode(self, tokens: Sequence[int] | TokenArray) -> str:
