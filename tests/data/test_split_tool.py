@@ -51,7 +51,7 @@ def test_a_corpus_cut_by_hash_has_no_overlap_but_near_copies(tmp_path: Path) -> 
     shares = "policy:0.5,judge:0.5"
     found = tool("split_corpus.py", "--input", corpus, "--splits", shares)
     assert found.returncode == 0, found.stdout + found.stderr
-    counts = [int(line.split()[1]) for line in found.stdout.splitlines() if line.split()[0] in ("policy", "judge")]
+    counts = [int(line.split()[1]) for line in found.stdout.splitlines() if line.split()[0] in ("policy:", "judge:")]
     assert sum(counts) == 40 and len(counts) == 2
 
 
