@@ -121,7 +121,7 @@ class Replay(Tokenizer):
         return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
 
     def decode(self, tokens: Sequence[int] | TokenArray) -> str:
-        raise NotImplementedError
+        raise TypeError("ids are replayed, text is not")
 
 
 def their_work(path: Path, prefix: str) -> None:

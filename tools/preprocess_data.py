@@ -23,7 +23,7 @@ from megatron_sip.data.progress import PreprocessReport
 from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig
 from megatron_sip.data.sharded import NodePart, merge_shards, preprocess_shards
 from megatron_sip.errors import SIPError
-from megatron_sip.tokenizer.flags import add_engine_flag, add_tokenizer_flags, tokenizer_config
+from megatron_sip.tokenizer.config import ENGINES, TOKENIZER_TYPES, TokenizerConfig
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,8 +60,15 @@ def parse_arguments() -> argparse.Namespace:
     shards.add_argument("--merge", action="store_true", help="join all shards of --output-dir into --output-prefix")
     _filter_flags(parser.add_argument_group("filter"))
     group = parser.add_argument_group("tokenizer")
-    add_tokenizer_flags(group)
-    add_engine_flag(group)
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
+    group.add_argument("--tokenizer-model", help="model file, or name or folder of a Hugging Face tokenizer")
+    group.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
+    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2")
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
+    group.add_argument("--tiktoken-special-tokens", nargs="+")
+    group.add_argument(
+        "--tokenizer-engine", choices=ENGINES, default="library", help="gigatoken: the same ids, many times as fast"
+    )
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     options = parser.parse_args()
     if options.output_prefix is None and (options.output_dir is None or options.merge) and options.dry_run is None:
@@ -114,7 +121,15 @@ def build_config(options: argparse.Namespace) -> PreprocessConfig:
     return PreprocessConfig(
         inputs=tuple(options.input),
         output_prefix=options.output_prefix or "",
-        tokenizer=tokenizer_config(options),
+        tokenizer=TokenizerConfig(
+            tokenizer_type=options.tokenizer_type,
+            tokenizer_model=options.tokenizer_model,
+            vocab_size=options.vocab_size,
+            tiktoken_pattern=options.tiktoken_pattern,
+            tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
+            tiktoken_special_tokens=tuple(options.tiktoken_special_tokens or ()) or None,
+            tokenizer_engine=options.tokenizer_engine,
+        ),
         json_keys=tuple(options.json_keys),
         workers=options.workers,
         append_eod=options.append_eod,
