@@ -63,8 +63,8 @@ class PanelOptions:
         choices=("auto", "rule", "copy", "http"),
     )
     judge_ledger: str = option(
-        "", help="SQLite files DIR/NAME.rREPLICA.NUMBER.sqlite that keep all verdicts and answer repeated questions "
-        "[none]", metavar="DIR/NAME.sqlite",
+        "", help="SQLite files DIR/NAME.rREPLICA.NUMBER.sqlite, on a local disk, that keep all verdicts and answer "
+        "repeated questions [none]", metavar="DIR/NAME.sqlite",
     )  # fmt: skip
     ledger_raw: str = option(
         "all", help="whose words are kept with the scores, which always are: all samples', a share's, or none",
