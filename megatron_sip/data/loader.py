@@ -52,7 +52,10 @@ class SampleLoader:
 
     def peek(self, stream: str, global_count: int, dp_rank: int = 0, dp_size: int = 1) -> list[Any]:
         """What ``take`` would return, without consuming it."""
-        first = self._consumed[stream]
+        return self.at(stream, self._consumed[stream], global_count, dp_rank, dp_size)
+
+    def at(self, stream: str, first: int, global_count: int, dp_rank: int = 0, dp_size: int = 1) -> list[Any]:
+        """This rank's part of ``global_count`` samples from position ``first`` on, consumed before or not."""
         begin = global_count * dp_rank // dp_size
         end = global_count * (dp_rank + 1) // dp_size
         source = self._streams[stream]

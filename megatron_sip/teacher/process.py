@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -63,6 +64,8 @@ class TeacherProcess:
         self._failure: SIPError | None = None
         self._pending: set[Hashable] = set()
         self._answers: dict[Hashable, Any] = {}
+        self._submitted_s: dict[Hashable, float] = {}
+        self._answered_s: dict[Hashable, float] = {}
         self._sending = threading.Lock()
         self._process, self._connection = _spawn()
         self._receiver = threading.Thread(target=self._receive, name="teacher-receiver", daemon=True)
@@ -96,6 +99,29 @@ class TeacherProcess:
         with self._changed:
             self._check_known(ticket)
             return ticket in self._answers or self._failure is not None
+
+    def wait(self, ticket: Hashable, timeout_s: float) -> bool:
+        """``ready``, after waiting for it at most ``timeout_s``."""
+        with self._changed:
+            self._check_known(ticket)
+            return self._changed.wait_for(lambda: ticket in self._answers or self._failure is not None, timeout_s)
+
+    def peek(self, ticket: Hashable) -> JudgeResult | RewriteResult | None:
+        """The answer if it is there, no failure, and not collected yet; the ticket stays to be collected."""
+        with self._changed:
+            answer = self._answers.get(ticket)
+        return answer if isinstance(answer, JudgeResult | RewriteResult) else None
+
+    def duration_s(self, ticket: Hashable) -> float:
+        """Seconds from a ticket's submission to its answer, which has come and is not collected yet."""
+        with self._changed:
+            return self._answered_s[ticket] - self._submitted_s[ticket]
+
+    @property
+    def num_out(self) -> int:
+        """Tickets without an answer."""
+        with self._changed:
+            return len(self._pending)
 
     def collect(self, ticket: Hashable, timeout_s: float | None = None) -> JudgeResult | RewriteResult:
         """Wait for a ticket's answer and hand it over, once.
@@ -154,6 +180,7 @@ class TeacherProcess:
             if ticket in self._pending or ticket in self._answers:
                 raise ValueError(f"ticket {ticket!r} is already out")
             self._pending.add(ticket)
+            self._submitted_s[ticket] = time.perf_counter()
         self._send(message)
 
     def _collect(self, ticket: Hashable, timeout_s: float | None) -> Any:
@@ -167,6 +194,7 @@ class TeacherProcess:
         self._wait(lambda: ticket in self._answers, timeout, message)
         with self._changed:
             answer = self._answers.pop(ticket)
+            del self._submitted_s[ticket], self._answered_s[ticket]
         if isinstance(answer, Failure):
             raise _exception(answer, f"ticket {ticket!r} failed in the teacher process")
         return answer
@@ -214,6 +242,7 @@ class TeacherProcess:
                     self._failure = _exception(message, "the teacher process failed")
                 else:
                     self._pending.discard(message.ticket)
+                    self._answered_s[message.ticket] = time.perf_counter()
                     self._answers[message.ticket] = message.result if isinstance(message, Answer) else message
                 self._changed.notify_all()
         status = self._process.wait()

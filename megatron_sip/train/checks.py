@@ -128,14 +128,27 @@ def _check_schedule(config: TrainConfig) -> None:
             f"--rollout-max-new-tokens {longest} is more than the candidate block of --suffix-length "
             f"{config.data.suffix_length}: lower it or raise --suffix-length"
         )
-    if training.lookahead > 0:
+    _check_lookahead(config)
+
+
+def _check_lookahead(config: TrainConfig) -> None:
+    training, queue = config.training, config.teacher.judge_queue
+    # A batch ahead has a judge's ticket and a rewriter's; a probe, the state for a checkpoint and a repeat come on top.
+    needed = 2 * training.lookahead + 4
+    if training.lookahead and queue < needed:
         raise ConfigurationError(
-            f"--lookahead is {training.lookahead}: this version collects verdicts within the step, give 0"
+            f"--judge-queue {queue} is too short for --lookahead {training.lookahead}: give at least {needed}"
         )
-    if training.on_late_judgment != "wait":
+    if training.lookahead and training.reference_scoring == "early":
         raise ConfigurationError(
-            f"--on-late-judgment is {training.on_late_judgment}: without --lookahead there is only wait"
+            f"--reference-scoring early has no use with --lookahead {training.lookahead}, where verdicts do not keep a "
+            "step waiting: leave it out"
         )
+    fills = training.on_late_judgment == "fill"
+    if fills and config.observability.run_dir is None:
+        raise ConfigurationError("--on-late-judgment fill records its decisions in metrics.jsonl: give a --run-dir")
+    if training.replay_fills and not fills:
+        raise ConfigurationError("--replay-fills repeats fills: add --on-late-judgment fill")
 
 
 def _check_data(config: TrainConfig) -> None:

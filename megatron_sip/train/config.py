@@ -56,6 +56,23 @@ class TrainingConfig:
         choices=("wait", "fill"),
         help="what a step does when verdicts are late: wait, or fill it with next-token rows",
     )
+    late_fill_limit: float = option(
+        1.0, help="next-token rows that fill a step at most, in global batches; then it waits"
+    )
+    replay_fills: str = option(
+        "", help="metrics.jsonl of a run with fill: fill each step as it was filled there, whenever verdicts come"
+    )
+    reference_scoring: str = option(
+        "late",
+        choices=("late", "early"),
+        help="log-probs of the reference: late, of what is trained on, after the verdicts; early, of all candidates "
+        "while the judge works (without --lookahead, where the judge takes longer than that)",
+    )
+    judge_pause_failure_rate: float = option(
+        0.5, help="share of judge calls failing for their servers from which on training pauses until these are back; "
+        "0 never pauses"
+    )  # fmt: skip
+    judge_pause_window: int = option(1, help="steps over which this share is measured")
     dry_run: bool = option(
         False, help="check the configuration and print sizes, batches, judge calls and what is missing; exit"
     )
@@ -79,13 +96,19 @@ class TrainingConfig:
 
     def validate(self) -> None:
         """Raise ConfigurationError for a value that cannot work."""
-        for name in ("micro_batch_size", "global_batch_size", "train_iters", "probe_samples"):
+        for name in ("micro_batch_size", "global_batch_size", "train_iters", "probe_samples", "judge_pause_window"):
             _at_least(self, name, 1)
         for name in ("rollout_micro_batch_size", "dry_run_world_size", "dry_run_corpus_samples"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
         for name in ("eval_interval", "eval_iters", "probe_interval", "seed", "lookahead"):
             _at_least(self, name, 0)
+        if not 0 <= self.judge_pause_failure_rate <= 1:
+            raise ConfigurationError(
+                f"--judge-pause-failure-rate is {self.judge_pause_failure_rate}: give a share from 0 to 1"
+            )
+        if self.late_fill_limit <= 0:
+            raise ConfigurationError(f"--late-fill-limit is {self.late_fill_limit}: give a number above 0")
         if self.dry_run_device_gib <= 0:
             raise ConfigurationError(f"--dry-run-device-gib is {self.dry_run_device_gib}: give a number above 0")
 

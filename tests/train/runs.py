@@ -122,7 +122,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
     context = initialize(config.parallel, config.training.seed)
     with StopSignals() as signals, build.build_trainer(config, context, signals) as trainer:
         if payload.get("recorded"):
-            trainer._runner._rollouts = RecordedRollouts()
+            trainer._queue._preparer.rollouts = RecordedRollouts()
         trainer.load()
         end = trainer.run()
         norm = trainer._engine.parameter_norm()
