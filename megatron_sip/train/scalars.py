@@ -39,6 +39,8 @@ def judge_scalars(context: ParallelContext, verdicts: Verdicts) -> dict[str, flo
     if duration_s:
         scalars["judge/duration_s"] = duration_s
         scalars["judge/hidden_fraction"] = 1.0 - min(1.0, exposed_s / duration_s)
+    if verdicts.headroom_s is not None:
+        scalars["judge/headroom_s"] = verdicts.headroom_s
     if verdicts.num_pauses:
         scalars.update({"judge/pauses": float(verdicts.num_pauses), "judge/paused_s": verdicts.paused_s})
     if sums["remote_requests"]:

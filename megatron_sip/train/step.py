@@ -117,10 +117,14 @@ class StepRunner:
         with self._timers("optimizer"):
             scalars.update(ratios(self._engine.collect_metrics()))
             result = self._engine.optimizer_step()
-            self._rollouts.sync_weights(self._engine.num_updates)
+            self.sync_rollouts()
         scalars.update(candidate_scalars(self._context, prepared, self._pool))
         scalars["params-norm"] = self._engine.parameter_norm()
         return StepOutcome(result, scalars, round(tokens), preferences, health)
+
+    def sync_rollouts(self) -> None:
+        """Rollouts come from the present weights from now on."""
+        self._rollouts.sync_weights(self._engine.num_updates)
 
     def _preferences(
         self, prepared: PreparedStep, scalars: dict[str, float], save: Callable[[], None]

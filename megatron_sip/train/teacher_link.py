@@ -85,6 +85,7 @@ class TeacherLink:
         self._decide_stop = decide_stop
         self._say = say
         self._next_ticket = 0
+        self._submitted_s: dict[int, float] = {}
 
     def submit_groups(self, groups: Sequence[CandidateGroup], learn: bool = True, step: int | None = None) -> int:
         """Hands groups to the judges; ``learn`` False leaves running statistics of a judge as they are.
@@ -132,6 +133,10 @@ class TeacherLink:
         if decision is not None:
             raise RunStopped(decision)
 
+    def age_s(self, ticket: int) -> float:
+        """Seconds since the submission of a ticket that is still out or not fetched."""
+        return time.perf_counter() - self._submitted_s[ticket]
+
     def fetch_groups(self, ticket: int) -> JudgedGroups:
         """The verdicts of a submission that is ready. Collective over the replica.
 
@@ -139,6 +144,7 @@ class TeacherLink:
             JudgeError: the teacher died or failed.
         """
         judged: JudgedGroups | None = None
+        del self._submitted_s[ticket]
         if self._process is not None:
             duration_s = self._process.duration_s(ticket) if self._process.peek(ticket) is not None else 0.0
             result = self._process.collect(ticket, self.timeout_s)
@@ -186,6 +192,7 @@ class TeacherLink:
         """
         rewrites: list[IntArray | None] | None = None
         self._require(self.wait(ticket, may_stop=True))
+        del self._submitted_s[ticket]
         if self._process is not None:
             result = self._process.collect(ticket, self.timeout_s)
             assert isinstance(result, RewriteResult)
@@ -223,6 +230,7 @@ class TeacherLink:
 
     def _ticket(self) -> int:
         self._next_ticket += 1
+        self._submitted_s[self._next_ticket] = time.perf_counter()
         return self._next_ticket
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sip.checkpoint import CheckpointManager, StopDecision
+from megatron_sip.checkpoint import CheckpointManager, LoadedCheckpoint, StopDecision
 from megatron_sip.curriculum import Curriculum, StepPlan, TriggerState
 from megatron_sip.data.loader import SampleLoader
 from megatron_sip.distributed import ParallelContext
@@ -181,8 +181,13 @@ class Trainer:
         loaded = self._checkpoints.load(self._build_state)
         if loaded is None:
             return 0
-        # Megatron-LM's checkpoints hold weights and optimizer, but nothing of our data order and curriculum.
         self._engine.load_state_dict(loaded.state)
+        self._resume(loaded)
+        self._runner.sync_rollouts()
+        return self._step
+
+    def _resume(self, loaded: LoadedCheckpoint) -> None:
+        # Megatron-LM's checkpoints hold weights and optimizer, but nothing of our data order and curriculum.
         if loaded.weights_only:
             self._record.message(f"took the weights of {loaded.directory}")
         elif loaded.common:
@@ -191,7 +196,6 @@ class Trainer:
         else:
             self._step = loaded.step
             self._record.message(f"resumed weights and optimizer of {loaded.directory} at iteration {self._step}")
-        return self._step
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of the run but weights and optimizer; equal on all ranks, nothing of the layout."""

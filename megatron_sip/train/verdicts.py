@@ -42,7 +42,9 @@ class Verdicts:
 
     judged: JudgedGroups
     exposed_wait_s: float
-    """Time in which the step had nothing else to do; equal on all ranks of the replica but for noise."""
+    """Time in which the step had nothing else to do."""
+    headroom_s: float | None = None
+    """From submission to the moment when the step needed them; None for verdicts that came with a checkpoint."""
     num_pauses: int = 0
     paused_s: float = 0.0
 
@@ -73,6 +75,7 @@ class VerdictDesk:
         if prepared.judged is not None:
             return Verdicts(prepared.judged, 0.0)
         assert prepared.judge_ticket is not None
+        headroom_s = self._link.age_s(prepared.judge_ticket)
         started, pause = time.perf_counter(), _Pause(self._say, save, prepared.step)
         if not self._link.wait(prepared.judge_ticket, may_stop=True):
             self._give_up_unless_pausing()
@@ -88,7 +91,7 @@ class VerdictDesk:
             latest = self._ask_again([prepared.groups[i] for i in failed], judged)
             judged = _merged(judged, failed, latest)
         pause.end()
-        return Verdicts(judged, waited_s, pause.count, pause.seconds)
+        return Verdicts(judged, waited_s, headroom_s, pause.count, pause.seconds)
 
     def _give_up_unless_pausing(self) -> None:
         if not self._rule.failure_rate:
