@@ -105,10 +105,12 @@ CHARTS = (
     ChartSpec("Curriculum", ("curriculum/*",), "Weights and sample counts of the streams.", smooth=False),
     ChartSpec("Pairs that teach nothing", ("sip/pairs_skipped*", "sip/ties", "sip/missing"), "Ties, missing verdicts."),
     ChartSpec("Judge: waiting and latency", ("judge/*_s",), "Seconds."),
+    ChartSpec("Judge: time hidden behind training", ("judge/hidden_fraction",), y_range=(0.0, 1.0), percent=True),
     ChartSpec("Judge: failures and flips", ("judge/*_rate",), y_range=(0.0, 1.0), percent=True),
     ChartSpec("Judge: calls", ("judge/calls", "judge/comparisons_per_prompt"), "Per step."),
+    ChartSpec("Prepared ahead", ("lookahead/*", "judge/open_batches", "fill/windows"), "Steps, batches, windows."),
     ChartSpec("Rewriter", ("rewriter/*",), y_range=(0.0, 1.0), percent=True),
-    ChartSpec("Staleness", ("policy/staleness_steps",), "Steps between sampling and training."),
+    ChartSpec("Staleness", ("policy/staleness_*",), "Steps, and weight versions, between sampling and training."),
     ChartSpec("Memory", ("mem-*",), "Bytes."),
 )
 _NOT_SHOWN = {CONSUMED_SAMPLES, "tokens", "skipped", "curriculum/phase"}
