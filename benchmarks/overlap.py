@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+_ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, _ROOT)
 
 from megatron_sip.checkpoint import StopSignals
 from megatron_sip.distributed import initialize
@@ -34,9 +35,17 @@ from megatron_sip.teacher.interfaces import JudgeGroup, Passage
 from megatron_sip.train import build
 from megatron_sip.train.config import train_config_from
 from megatron_sip.train.trainer import Trainer
-from tests.teacher.http.server import FaultServer
 from tests.train.runs import recipe, write_corpora
 
+_SERVER = """
+import os, sys, time
+from tests.teacher.http.server import FaultServer
+os.sched_setaffinity(0, {int(sys.argv[1])})
+with FaultServer(delay_s=float(sys.argv[2])) as server:
+    print(server.port, flush=True)
+    while True:
+        time.sleep(1.0)
+"""
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
 SKIPPED = 2
 """First steps: the queue fills up, memory is allocated."""
@@ -176,12 +185,14 @@ def in_flight(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 @contextmanager
 def served(options: argparse.Namespace) -> Iterator[tuple[TeacherProcess, JudgeRequest]]:
     """A teacher that asks a server of its own, and a request of as many questions as are to be in flight."""
-    ports: multiprocessing.Queue[int] = multiprocessing.Queue()
-    server = multiprocessing.get_context("fork").Process(target=serve, args=(ports, options), daemon=True)
-    server.start()
+    # A fresh interpreter: this process has threads that a fork would lose.
+    command = [sys.executable, "-c", _SERVER, str(options.judge_core), str(options.answer_s)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT)
+    assert server.stdout is not None
+    port = int(server.stdout.readline())
     config = TeacherConfig(
         teacher="http",
-        judge_endpoints=(f"http://127.0.0.1:{ports.get()}/v1",),
+        judge_endpoints=(f"http://127.0.0.1:{port}/v1",),
         judge_served_model="m",
         judge_max_in_flight=options.in_flight,
     )
@@ -196,16 +207,8 @@ def served(options: argparse.Namespace) -> Iterator[tuple[TeacherProcess, JudgeR
             os.sched_setaffinity(teacher.pid, {options.judge_core})
             yield teacher, JudgeRequest(groups)
     finally:
-        server.terminate()
-        server.join()
-
-
-def serve(ports: multiprocessing.Queue[int], options: argparse.Namespace) -> None:
-    os.sched_setaffinity(0, {options.judge_core})
-    with FaultServer(delay_s=options.answer_s) as server:
-        ports.put(server.port)
-        while True:
-            time.sleep(1.0)
+        server.kill()
+        server.wait()
 
 
 if __name__ == "__main__":

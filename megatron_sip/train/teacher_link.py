@@ -104,23 +104,24 @@ class TeacherLink:
         """
         return not self._context.any_rank(not self._own_ready(ticket, wait_s))
 
-    def wait(self, ticket: int | None, may_stop: bool = False, timeout_s: float | None = None) -> bool:
-        """Until the teachers of all replicas have answered; False after ``timeout_s``. Collective over the job.
+    def wait(self, ticket: int | None, may_stop: bool = False, timeout_s: float | None = None) -> float | None:
+        """Seconds until the teachers of all replicas have answered, not counting what the device still had to do; None
+        after ``timeout_s``. Collective over the job.
 
         Raises:
             RunStopped: the run is to end and ``may_stop``.
         """
-        started = said = time.perf_counter()
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         with self._timers("judge"):
+            started = said = time.perf_counter()
             while True:
                 own = self._own_ready(ticket, HEARTBEAT_S)
                 now = time.perf_counter()
                 late, over = self._context.any_rank_each([not own, now - started >= limit_s])
                 if not late:
-                    return True
+                    return now - started
                 if over:
-                    return False
+                    return None
                 if may_stop:
                     self.stop_if_asked()
                 if now - said >= _SAY_EVERY_S:
@@ -168,7 +169,7 @@ class TeacherLink:
         Raises:
             JudgeError: the teacher died or is later than its time-out.
         """
-        self._require(self.wait(ticket))
+        self._require(self.wait(ticket) is not None)
         return self.fetch_groups(ticket)
 
     @property
@@ -191,7 +192,7 @@ class TeacherLink:
             RunStopped: the run is to end.
         """
         rewrites: list[IntArray | None] | None = None
-        self._require(self.wait(ticket, may_stop=True))
+        self._require(self.wait(ticket, may_stop=True) is not None)
         del self._submitted_s[ticket]
         if self._process is not None:
             result = self._process.collect(ticket, self.timeout_s)

@@ -75,13 +75,14 @@ class VerdictDesk:
         if prepared.judged is not None:
             return Verdicts(prepared.judged, 0.0)
         assert prepared.judge_ticket is not None
-        headroom_s = self._link.age_s(prepared.judge_ticket)
         started, pause = time.perf_counter(), _Pause(self._say, save, prepared.step)
-        if not self._link.wait(prepared.judge_ticket, may_stop=True):
+        waited_s = self._link.wait(prepared.judge_ticket, may_stop=True)
+        if waited_s is None:
             self._give_up_unless_pausing()
             pause.begin(f"no verdicts after {self._link.timeout_s:g} s (--judge-timeout-s)")
             self._link.wait(prepared.judge_ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
-        waited_s = time.perf_counter() - started
+            waited_s = time.perf_counter() - started
+        headroom_s = self._link.age_s(prepared.judge_ticket) - waited_s
         judged = latest = self._link.fetch_groups(prepared.judge_ticket)
         while (outage := self._outage(latest)) is not None:
             pause.begin(outage)

@@ -139,8 +139,7 @@ def test_calls_in_flight_at_a_save_are_asked_again(corpora: Path, tmp_path: Path
 
 
 def test_another_number_of_replicas_shares_the_prepared_steps(corpora: Path, tmp_path: Path) -> None:
-    run = {"lookahead": 2, "recorded": True, "rollout_micro_batch_size": 1, "judge_quality_weight": 0.0}
-    run["judge_factuality_weight"] = 1.0
+    run = {"lookahead": 2, "recorded": True, "micro_batch_size": 1, "rollout_micro_batch_size": 1}
     one = train(corpora, tmp_path, one={**run, "save": str(tmp_path / "saved"), "save_interval": 3})["one"]
     resumed = {**run, "load": str(tmp_path / "saved"), "ckpt_step": 3}
     two = train(corpora, tmp_path, world_size=2, two=resumed)["two"]
@@ -187,15 +186,16 @@ def test_faults_of_every_kind_and_a_dead_endpoint_change_no_verdict(corpora: Pat
         runs = {"good": http(good, **short), "bad": http(bad, gone, **short)}
         found = train(corpora, tmp_path, **runs)
         answered = bad.counts["ok"]
-        met = set(bad.counts)
+        met, served = set(bad.counts), len(bad.seen)
     assert_alike(found["bad"], found["good"])
     records = found["bad"]["records"]
     assert [record["judge/calls"] for record in records] == [CALLS] * 3
     assert [record["judge/failure_rate"] for record in records] == [0.0] * 3
-    # Each call was answered once; each fault, and each try at the dead endpoint, was another attempt.
+    # Each call was answered once; each fault, and each try at the dead endpoint, was another attempt. Steps overlap: what
+    # was counted on the way is in the record of whichever ended first.
     assert answered == 3 * CALLS and {"status 500", "hang"} < met
-    assert sum(record["judge/attempts"] for record in records) >= sum(bad.counts.values())
-    assert sum(record["judge/attempts"] - record["judge/retries"] for record in records) == 3 * CALLS
+    total = {name: sum(record.get(f"judge/{name}", 0) for record in records) for name in ("requests", "attempts")}
+    assert total["requests"] == 3 * CALLS and total["attempts"] > served
 
 
 @contextmanager
