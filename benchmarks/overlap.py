@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-_ROOT = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(0, _ROOT)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.checkpoint import StopSignals
 from megatron_sip.distributed import initialize
@@ -187,7 +186,7 @@ def served(options: argparse.Namespace) -> Iterator[tuple[TeacherProcess, JudgeR
     """A teacher that asks a server of its own, and a request of as many questions as are to be in flight."""
     # A fresh interpreter: this process has threads that a fork would lose.
     command = [sys.executable, "-c", _SERVER, str(options.judge_core), str(options.answer_s)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=sys.path[0])
     assert server.stdout is not None
     port = int(server.stdout.readline())
     config = TeacherConfig(

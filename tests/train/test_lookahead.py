@@ -191,8 +191,8 @@ def test_faults_of_every_kind_and_a_dead_endpoint_change_no_verdict(corpora: Pat
     records = found["bad"]["records"]
     assert [record["judge/calls"] for record in records] == [CALLS] * 3
     assert [record["judge/failure_rate"] for record in records] == [0.0] * 3
-    # Each call was answered once; each fault, and each try at the dead endpoint, was another attempt. Steps overlap: what
-    # was counted on the way is in the record of whichever ended first.
+    # Each call was answered once; each fault, and each try at the dead endpoint, was another attempt. Steps overlap:
+    # what was counted on the way is in the record of whichever ended first.
     assert answered == 3 * CALLS and {"status 500", "hang"} < met
     total = {name: sum(record.get(f"judge/{name}", 0) for record in records) for name in ("requests", "attempts")}
     assert total["requests"] == 3 * CALLS and total["attempts"] > served
