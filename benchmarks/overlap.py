@@ -52,7 +52,7 @@ MODEL: dict[str, Any] = {
     "hidden_size": 128, "ffn_hidden_size": 384, "num_layers": 4, "max_position_embeddings": 128, "micro_batch_size": 4,
     "rollout_micro_batch_size": 4, "global_batch_size": 32, "seq_length": 96, "eval_interval": 0,
     "phases": [{"name": "all", "ntp": 0.5, "rollout": 0.5}], "candidates": "suffix,rollout:8",
-    "pair_schedule": "best_worst", "judge_factuality_weight": 0.0, "judge_pause_failure_rate": 0.0,
+    "pair_schedule": "best_worst", "judge_factuality_weight": 0.0, "log_interval": 10**6,
 }  # fmt: skip
 
 
