@@ -76,7 +76,7 @@ class PanelOptions:
         "", help="ledger of a run to repeat: verdicts and rewrites come from it and nobody is asked; --judge-ledger is "
         "then not written [ask]", metavar="DIR/NAME.sqlite",
     )  # fmt: skip
-    judge_timeout_s: float = option(600.0, help="seconds to wait for the verdicts of a batch before the run stops")
+    judge_timeout_s: float = option(600.0, help="seconds to wait for the verdicts of a batch before training pauses")
     judge_queue: int = option(64, help="batches that the teacher process holds at most; more wait before they are sent")
 
 

@@ -89,7 +89,7 @@ class PendingState:
             judged = self._own_verdicts(state["verdicts"], groups, self._share(counts["rollout"]))
         else:
             # Running statistics have met these groups before they were saved.
-            ticket = self._preparer.submit(groups, learn=False)
+            ticket = self._preparer.submit(groups, int(state["step"]), learn=False)
         return PreparedStep(
             step=int(state["step"]),
             plan=plan,

@@ -118,14 +118,14 @@ class Preparer:
             suffix_groups=only_suffixes(suffixes),
             rewrite_groups=rewrite_groups,
             groups=groups,
-            judge_ticket=self.submit(groups),
+            judge_ticket=self.submit(groups, step),
             rollout_sums=sums,
             rollout_s=rollout_s,
         )
 
-    def submit(self, groups: Sequence[CandidateGroup], learn: bool = True) -> int | None:
-        """Hands groups to the judge, if the run has use for verdicts."""
-        return self._teacher.submit_groups(groups, learn) if groups and self._needs_judge else None
+    def submit(self, groups: Sequence[CandidateGroup], step: int, learn: bool = True) -> int | None:
+        """Hands a step's groups to the judge, if the run has use for verdicts."""
+        return self._teacher.submit_groups(groups, learn, step) if groups and self._needs_judge else None
 
     def build_groups(
         self, step: int, judged: Sequence[Sample], rewritten: Sequence[Sample] = ()
@@ -135,7 +135,7 @@ class Preparer:
         The rewriter works while the policy generates.
         """
         asked = [*rewritten, *(judged if self._pool.rewrite else ())]
-        ticket = self._teacher.submit_rewrites(asked) if asked else None
+        ticket = self._teacher.submit_rewrites(asked, step) if asked else None
         rollouts = self._generate(step, judged)
         rewrites = self._teacher.collect_rewrites(ticket, asked) if ticket is not None else []
         own, pooled = rewrites[: len(rewritten)], rewrites[len(rewritten) :]

@@ -87,9 +87,9 @@ class VerdictDesk:
         while (outage := self._outage(latest)) is not None:
             pause.begin(outage)
             failed = [i for i, verdict in enumerate(judged.verdicts) if verdict.num_failures]
-            self._until_served([prepared.groups[i] for i in failed[:1]])
+            self._until_served([prepared.groups[i] for i in failed[:1]], prepared.step)
             self._recent.clear()
-            latest = self._ask_again([prepared.groups[i] for i in failed], judged)
+            latest = self._ask_again([prepared.groups[i] for i in failed], prepared.step, judged)
             judged = _merged(judged, failed, latest)
         pause.end()
         return Verdicts(judged, waited_s, headroom_s, pause.count, pause.seconds)
@@ -116,12 +116,12 @@ class VerdictDesk:
             f"the limit is {self._rule.failure_rate:.0%} (--judge-pause-failure-rate)"
         )
 
-    def _until_served(self, groups: Sequence[CandidateGroup]) -> None:
+    def _until_served(self, groups: Sequence[CandidateGroup], step: int) -> None:
         """Asks for a group of each replica that had failures until most calls succeed."""
         pause_s = _FIRST_RETRY_S
         while True:
             # Running statistics have met these groups.
-            ticket = self._link.submit_groups(groups, learn=False) if groups else None
+            ticket = self._link.submit_groups(groups, learn=False, step=step) if groups else None
             self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
             own = {"calls": 0.0, "failures": 0.0}
             if ticket is not None:
@@ -140,9 +140,9 @@ class VerdictDesk:
             self._link.stop_if_asked()
             time.sleep(min(HEARTBEAT_S, seconds))
 
-    def _ask_again(self, groups: Sequence[CandidateGroup], judged: JudgedGroups) -> JudgedGroups:
+    def _ask_again(self, groups: Sequence[CandidateGroup], step: int, judged: JudgedGroups) -> JudgedGroups:
         """What is said of ``groups`` this time; a replica without any has nothing counted."""
-        ticket = self._link.submit_groups(groups, learn=False) if groups else None
+        ticket = self._link.submit_groups(groups, learn=False, step=step) if groups else None
         self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
         if ticket is None:
             return JudgedGroups((), dict.fromkeys(judged.counts, 0.0), np.zeros(0))
