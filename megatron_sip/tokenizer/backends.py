@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,27 @@ class HuggingFaceTokenizer(Tokenizer):
     def definition(self) -> str | None:
         """The text of a ``tokenizer.json``; None for a tokenizer written in Python."""
         return None if self._backend is None or self._num_closing else self._backend.to_str()
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """By the model's chat template, if it has one: its control tokens come from the template, never from a text."""
+        if not self._tokenizer.chat_template:
+            return super().encode_chat(messages)
+        marks = [f"\u2042{number}\u2042" for number in range(len(messages))]
+        goes_on = messages[-1]["role"] == "assistant"
+        frame: str = self._tokenizer.apply_chat_template(
+            [{"role": message["role"], "content": mark} for message, mark in zip(messages, marks, strict=True)],
+            tokenize=False,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+        )
+        ids: list[int] = []
+        for message, mark in zip(messages, marks, strict=True):
+            before, found, frame = frame.partition(mark)
+            if not found:
+                raise DataError(f"the chat template drops messages of the {message['role']}: leave them out of prompts")
+            ids += self._tokenizer(before, add_special_tokens=False, split_special_tokens=False).input_ids
+            ids += self._tokenizer(message["content"], add_special_tokens=False).input_ids
+        return ids + list(self._tokenizer(frame, add_special_tokens=False, split_special_tokens=False).input_ids)
 
     def decode(self, tokens: Sequence[int] | TokenArray) -> str:
         ids = [int(token) for token in tokens]

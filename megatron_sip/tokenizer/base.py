@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,14 @@ class Tokenizer(ABC):
         anchor = self.encode(_ANCHOR)
         joined = self.encode(_ANCHOR + text)
         return joined[len(anchor) :] if joined[: len(anchor)] == anchor else self.encode(text)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a prompt of messages (``role``, ``content``), up to where the answer begins.
+
+        A last message of the assistant is what the answer goes on from. Without a chat format the texts stand one below
+        the other.
+        """
+        return self.encode("\n".join(message["content"] for message in messages))
 
     def decode_continuation(
         self, context: Sequence[int] | TokenArray, tokens: Sequence[int] | TokenArray, num_context_tokens: int = 8

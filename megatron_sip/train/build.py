@@ -40,6 +40,7 @@ from megatron_sip.train.prepare import Preparer, StepShape
 from megatron_sip.train.record import RunRecord
 from megatron_sip.train.step import StepRunner
 from megatron_sip.train.teacher_link import TeacherLink
+from megatron_sip.train.teacher_start import start_process
 from megatron_sip.train.trainer import Schedule, Trainer
 from megatron_sip.train.validation import Validation
 from megatron_sip.train.verdicts import PauseRule, VerdictDesk
@@ -81,17 +82,17 @@ def step_shape(config: TrainConfig, tokenizer: Tokenizer) -> StepShape:
 
 def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelContext) -> TeacherProcess | None:
     """The replica's teacher process, on its leader, if the run asks anything of one."""
-    if not (uses_judge(config) or uses_rewriter(config)) or not context.is_leader:
+    if not (uses_judge(config) or uses_rewriter(config)):
         return None
-    options = {
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "judging": uses_judge(config),
-        "rewriting": uses_rewriter(config),
-        "replica": context.dp_rank,
-        "num_replicas": context.dp_size,
-        "seed": config.training.seed,
-    }
-    return TeacherProcess(config.teacher, options)
+    return start_process(
+        config.teacher,
+        config.tokenizer,
+        tokenizer,
+        context,
+        judging=uses_judge(config),
+        rewriting=uses_rewriter(config),
+        seed=config.training.seed,
+    )
 
 
 @contextmanager

@@ -281,6 +281,7 @@ def _missing_teacher(config: TrainConfig) -> Iterator[str]:
     yield from teacher.missing_http(roles, replaying=bool(teacher.replay_judgments))
     if teacher.replay_judgments and not segments(Path(teacher.replay_judgments)):
         yield f"--replay-judgments: no ledger at {teacher.replay_judgments}; give the --judge-ledger of a run"
+    yield from teacher.missing_models(uses_judge(config), uses_rewriter(config))
     if roles and importlib.util.find_spec("aiohttp") is None:
         yield "--teacher http: package aiohttp is not installed; pip install aiohttp"
     judges = uses_judge(config) and teacher.teacher == "embedded" and teacher.judge_quality_weight > 0

@@ -111,6 +111,27 @@ CHARTS = (
     ChartSpec("Prepared ahead", ("lookahead/*", "judge/open_batches", "fill/windows"), "Steps, batches, windows."),
     ChartSpec("Rewriter", ("rewriter/*",), y_range=(0.0, 1.0), percent=True),
     ChartSpec("Staleness", ("policy/staleness_*",), "Steps, and weight versions, between sampling and training."),
+    ChartSpec(
+        "Rewards on held-out examples",
+        ("validation/reward/*",),
+        "Of the judge by task, of the rewriter on safe and unsafe suffixes (Figures 5 and 6 of the paper).",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
+    ChartSpec(
+        "Rewrites of held-out suffixes",
+        ("validation/exact_match/*", "validation/token_overlap/*"),
+        "Share that is the suffix, and share of its tokens that the rewrite has too (Figure 7).",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
+    ChartSpec("Rewards of rollouts", ("reward/*",), "In training.", y_range=(0.0, 1.0), percent=True),
+    ChartSpec(
+        "Groups that teach nothing", ("grpo/skipped_*", "grpo/rewards_missing"), "All rewards equal, or missing."
+    ),
+    ChartSpec("Probability ratio", ("grpo/clipped", "grpo/kl_old", "grpo/kl_reference"), "Clipped share; KL in nats."),
     ChartSpec("Memory", ("mem-*",), "Bytes."),
 )
 _NOT_SHOWN = {CONSUMED_SAMPLES, "tokens", "skipped", "curriculum/phase"}
