@@ -16,7 +16,14 @@ from tests.train.teacher_world import write_world
 from tools import judge_bench, make_judge_data
 from tools.make_judge_data import DataOptions
 
-WANTED = {"quality_train": 40, "quality_valid": 8, "safety_train": 12, "safety_valid": 4, "rewrite_train": 12, "rewrite_valid": 4}  # fmt: skip
+WANTED = {
+    "quality_train": 40,
+    "quality_valid": 8,
+    "safety_train": 12,
+    "safety_valid": 4,
+    "rewrite_train": 12,
+    "rewrite_valid": 4,
+}
 
 
 @pytest.fixture(scope="module")
