@@ -27,7 +27,7 @@ def write_world(folder: Path) -> None:
     words = ["ka", "lo", "mi", "nu", "po", "zux"]
     text = [" " + " ".join(words[(i + j) % 6] for j in range(8)) for i in range(6)] + [VERDICTS, "Q ; S : R = "]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text * 30))
-    train_sentencepiece([folder / "text.jsonl"], folder / "world.model", 300, num_threads=1)
+    train_sentencepiece([folder / "text.jsonl"], folder / "world.model", 340, num_threads=1)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(folder / "world.model")))
     encoded = [[*tokenizer.encode(line), tokenizer.eod_id] for line in text]
     lengths = np.array([len(ids) for ids in encoded])

@@ -114,7 +114,7 @@ def test_a_verdict_depends_on_the_prompt_and_the_vote_alone(world: Path) -> None
 def test_a_checkpoint_of_another_tokenizer_is_refused(world: Path, tmp_path: Path) -> None:
     from megatron_sip.tokenizer.training import train_sentencepiece
 
-    train_sentencepiece([world / "text.jsonl"], tmp_path / "other.model", 290, num_threads=1)
+    train_sentencepiece([world / "text.jsonl"], tmp_path / "other.model", 330, num_threads=1)
     changed = config(world, judge_tokenizer_model=str(tmp_path / "other.model"))
     with pytest.raises(CheckpointError, match="--judge-tokenizer-model"):
         TeacherProcess(changed, options(world), factory=FACTORY)
