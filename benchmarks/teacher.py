@@ -141,7 +141,7 @@ class Bench:
             *("--pretrained-checkpoint", start, "--judge-prompts", self.data / "prompts", "--seed", self.seed),
             *("--train-data", "3", examples / "quality.train.jsonl", "1", examples / "safety.train.jsonl"),
             *("--valid-data", "1", examples / "quality.valid.jsonl", "1", examples / "safety.valid.jsonl"),
-            *("--train-iters", "300", "--eval-interval", "20", "--eval-samples", "512"),
+            *("--train-iters", "160", "--eval-interval", "20", "--eval-samples", "512"),
             *("--global-batch-size", "32", "--micro-batch-size", "32", "--generations", "16"),
             *("--prompt-length", "80", "--rollout-max-new-tokens", "10", "--rollout-batch-size", "512"),
             *("--lr", "3e-4", "--lr-decay-style", "constant", "--weight-decay", "0"),
@@ -158,7 +158,7 @@ class Bench:
             *self.tokenizer,
             *("--pretrained-checkpoint", self.warm_up(), "--seed", self.seed),
             *("--train-data", examples / "rewrite.train.jsonl", "--valid-data", examples / "rewrite.valid.jsonl"),
-            *("--train-iters", "200", "--eval-interval", "20", "--eval-samples", "256"),
+            *("--train-iters", "120", "--eval-interval", "20", "--eval-samples", "256"),
             *("--global-batch-size", "16", "--micro-batch-size", "16", "--generations", "16"),
             *("--prompt-length", "80", "--rollout-max-new-tokens", str(SUFFIX), "--rollout-batch-size", "512"),
             *("--lr", "3e-4", "--lr-decay-style", "constant", "--weight-decay", "0"),
@@ -230,26 +230,50 @@ def _verdict_lines() -> list[str]:
     ] * 300
 
 
-def records(arm: Path) -> list[dict[str, Any]]:
+def table(folder: Path) -> str:
+    """What the runs under ``folder`` measured on held-out examples, and how the policies compare."""
+    names = ("reward/quality", "reward/safety", "exact_match/safe", "exact_match/unsafe", "token_overlap/safe",
+             "token_overlap/unsafe", "judge_safety/unsafe", "judge_quality/unsafe")  # fmt: skip
+    lines = []
+    for arm in sorted(folder.glob("seed*/*/")):
+        measured = {r["step"]: r for r in _records(arm) if any(f"validation/{name}" in r for name in names)}
+        for step in (min(measured), max(measured)) if measured else ():
+            values = [(name, measured[step].get(f"validation/{name}")) for name in names]
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in values if value is not None)
+            lines.append(f"{arm.parent.name} {arm.name:<9} step {step:>3}: {shown}")
+    for path in sorted(folder.glob("seed*/against-*.json")):
+        for comparison in json.loads(path.read_text(encoding="utf-8"))["comparisons"]:
+            rate = comparison["win_rate"]
+            lines.append(
+                f"{path.parent.name} by-judge {path.stem} at {comparison['decoding']}, {comparison['judge']}: wins "
+                f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] of {rate['num_prefixes']} prefixes"
+            )
+    return "\n".join(lines)
+
+
+def _records(arm: Path) -> list[dict[str, Any]]:
     """What a run logged, by step."""
-    return [json.loads(line) for line in (arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = arm / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def main() -> None:
     """Runs one stage and those that it needs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("data", "warm", "judge", "rewriter", "policy"))
+    parser.add_argument("stage", choices=("data", "warm", "judge", "rewriter", "policy", "table"))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "teacher", help="everything goes here")
     parser.add_argument("--seed", type=int, default=1, help="of weights, order and sampling")
     options = parser.parse_args()
     bench = Bench(options.folder.resolve(), options.seed)
-    bench.make_data()
+    if options.stage != "table":
+        bench.make_data()
     stages: dict[str, Callable[[], object]] = {
         "data": lambda: None,
         "warm": bench.warm_up,
         "judge": bench.judge,
         "rewriter": bench.rewriter,
         "policy": bench.policy,
+        "table": lambda: print(table(options.folder.resolve())),
     }
     stages[options.stage]()
 
