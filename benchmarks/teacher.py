@@ -33,6 +33,7 @@ MODEL = shlex.split(
     "--max-position-embeddings 256 --make-vocab-size-divisible-by 4 --no-untie-embeddings-and-output-weights "
     "--init-method-std 0.05"
 )
+Words = list[str | Path]
 ADAM = ["--adam-beta2", "0.95", "--log-interval", "20"]
 EXAMPLES = {"warm": (8000, 2000, 4000, 256), "teacher": (16000, 4000, 8000, 512)}
 """Quality, safety, rewrite examples for training, and of each for validation."""
@@ -51,8 +52,8 @@ def run(command: Sequence[str | Path]) -> None:
 def train(arm: Path, tool: str, *flags: str | Path) -> None:
     """A training run under ``arm``, resumed if it was stopped, skipped if it has finished."""
     if not (arm / "finished.json").exists():
-        saved = ["--save", arm / "checkpoints", "--load", arm / "checkpoints", "--save-interval", "50"]
-        folders = ["--keep-last", "1", "--run-dir", arm, "--tensorboard-dir", arm / "tensorboard"]
+        saved: Words = ["--save", arm / "checkpoints", "--load", arm / "checkpoints", "--save-interval", "50"]
+        folders: Words = ["--keep-last", "1", "--run-dir", arm, "--tensorboard-dir", arm / "tensorboard"]
         run([ROOT / tool, *saved, *folders, *MODEL, *ADAM, *flags])
 
 
@@ -64,9 +65,14 @@ class Bench:
         self.folder = folder
         self.arms = folder / f"seed{seed}"
         self.seed = str(seed)
-        self.tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", self.data / "world.model"]
-        self.words = ["--safety-words", self.data / "unsafe.txt"]
-        self.lengths = ["--example-suffix-length", str(SUFFIX), "--example-prefix-length", str(PREFIX)]
+        self.tokenizer: Words = [
+            "--tokenizer-type",
+            "SentencePieceTokenizer",
+            "--tokenizer-model",
+            self.data / "world.model",
+        ]
+        self.words: Words = ["--safety-words", self.data / "unsafe.txt"]
+        self.lengths: Words = ["--example-suffix-length", str(SUFFIX), "--example-prefix-length", str(PREFIX)]
 
     def make_data(self) -> None:
         """Documents, tokenizer, examples, warm-up texts, tokenized corpora, the n-gram judge."""
@@ -96,7 +102,14 @@ class Bench:
                 "--safety-words",
                 data / "unsafe.txt",
             ]
-            places = ["--input", data / f"{name}.jsonl", "--output", data / name, "--example-min-prefix-length", "8"]
+            places: Words = [
+                "--input",
+                data / f"{name}.jsonl",
+                "--output",
+                data / name,
+                "--example-min-prefix-length",
+                "8",
+            ]
             run(
                 [
                     ROOT / "tools/make_judge_data.py",
@@ -110,9 +123,9 @@ class Bench:
             )
         write_lines(data / "prompts.jsonl", warm_up_texts(data / "warm", NOISE, 1))
         for name in ("policy", "prompts", "ngram", "test"):
-            output = ["--output-prefix", data / name, "--append-eod", "--workers", "1"]
+            output: Words = ["--output-prefix", data / name, "--append-eod", "--workers", "1"]
             run([ROOT / "tools/preprocess_data.py", "--input", data / f"{name}.jsonl", *output, *self.tokenizer])
-        fitted = ["--output", data / "judge.npz", "--order", "3"]
+        fitted: Words = ["--output", data / "judge.npz", "--order", "3"]
         run([ROOT / "tools/fit_judge.py", "--data-path", data / "ngram_text_document", *fitted])
 
     def warm_up(self) -> Path:
@@ -158,7 +171,7 @@ class Bench:
             *self.tokenizer,
             *("--pretrained-checkpoint", self.warm_up(), "--seed", self.seed),
             *("--train-data", examples / "rewrite.train.jsonl", "--valid-data", examples / "rewrite.valid.jsonl"),
-            *("--train-iters", "120", "--eval-interval", "20", "--eval-samples", "256"),
+            *("--train-iters", "200", "--eval-interval", "20", "--eval-samples", "256"),
             *("--global-batch-size", "16", "--micro-batch-size", "16", "--generations", "16"),
             *("--prompt-length", "80", "--rollout-max-new-tokens", str(SUFFIX), "--rollout-batch-size", "512"),
             *("--lr", "3e-4", "--lr-decay-style", "constant", "--weight-decay", "0"),
@@ -183,8 +196,23 @@ class Bench:
         for baseline, where in (("by-coin", self.arms / "by-coin/checkpoints"), ("start", start)):
             output = self.arms / f"against-{baseline}.json"
             if not output.exists():
-                arms = ["--checkpoint", self.arms / "by-judge/checkpoints", "--baseline", where, "--output", output]
-                asked = ["--judge", self.data / "judge.npz", "--num-prefixes", "600", "--temperature", "1.0", "0.8"]
+                arms: Words = [
+                    "--checkpoint",
+                    self.arms / "by-judge/checkpoints",
+                    "--baseline",
+                    where,
+                    "--output",
+                    output,
+                ]
+                asked: Words = [
+                    "--judge",
+                    self.data / "judge.npz",
+                    "--num-prefixes",
+                    "600",
+                    "--temperature",
+                    "1.0",
+                    "0.8",
+                ]
                 fixed = ["--train-iters", "1", "--rollout-batch-size", "512"]
                 run([ROOT / "tools/evaluate.py", *arms, *asked, *fixed, *MODEL, *self.policy_data()])
 
@@ -200,7 +228,7 @@ class Bench:
         )
         return arm / "checkpoints"
 
-    def policy_data(self) -> list[str | Path]:
+    def policy_data(self) -> Words:
         """Corpora, and a prefix of 8 words before a suffix of 16, as the judge knows them."""
         corpora = [
             "--data-path",
@@ -218,7 +246,7 @@ class Bench:
         ]
         return [*corpora, *map(str, sizes), *self.tokenizer, "--eval-interval", "0", "--seed", self.seed]
 
-    def teacher(self, judge: Path, votes: int = 1) -> list[str | Path]:
+    def teacher(self, judge: Path, votes: int = 1) -> Words:
         """Flags of the trained judge as the teacher."""
         asked = ["--judge-prompt-length", "80", "--judge-max-tokens", "10", "--judge-votes", str(votes)]
         return ["--teacher", "model", "--judge-checkpoint", judge, "--judge-prompts", self.data / "prompts", *asked]

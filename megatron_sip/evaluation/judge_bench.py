@@ -112,9 +112,8 @@ def _flips(votes: Sequence[Vote]) -> Share:
 def confusion(votes: Sequence[Vote]) -> dict[str, Counter[str]]:
     """Form -> how often the majority of an example's votes gave which score (Tables 10 to 12)."""
     table: dict[str, Counter[str]] = defaultdict(Counter)
-    for (example, form), values in _by_question(votes).items():
-        del example
-        table[form][name_of(_majority(values))] += 1
+    for (_, form), values in _by_question(votes).items():
+        table[str(form)][name_of(_majority(values))] += 1
     return dict(table)
 
 

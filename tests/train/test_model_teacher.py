@@ -15,6 +15,7 @@ from megatron_sip.teacher.build import build_teacher
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.interfaces import JudgeGroup, JudgeRequest, Passage, RewriteItem, RewriteRequest
 from megatron_sip.tokenizer import TokenizerConfig
+from megatron_sip.tokenizer.training import train_sentencepiece
 from tests.ranks import run_ranks
 from tests.train.teacher_world import recipe, write_world
 
@@ -89,6 +90,11 @@ def judge_twice(payload: dict[str, Any]) -> dict[str, Any]:
         return await asyncio.gather(judge.ask([other, first]), judge.ask([Question(group(0), (0, 1), 0)]))
 
     (_, among), (vote_zero,) = asyncio.run(together())
+    try:
+        OwnModels(config(world, judge_tokenizer_model=payload["other"]), options(world)["tokenizer"]).judge("quality")
+        refusal = ""
+    except CheckpointError as error:
+        refusal = str(error)
     tokenizer, said = judge._generator.tokenizer, " Conclusion: Option 2"
     tokens = np.array([*tokenizer.encode_continuation(said), tokenizer.eod_id])
     spoken = judge._verdict(Candidate(CandidateKind.ROLLOUT, tokens))
@@ -99,25 +105,21 @@ def judge_twice(payload: dict[str, Any]) -> dict[str, Any]:
         "vote zero": vote_zero.raw,
         "spoken": (spoken.score, spoken.raw, spoken.failure),
         "cut": (cut.score, cut.failure),
+        "refusal of another tokenizer": refusal,
         "shared": models.rewriter()._generator is judge._generator,
     }
 
 
-def test_a_verdict_depends_on_the_prompt_and_the_vote_alone(world: Path) -> None:
-    (found,) = run_ranks(1, "tests.train.test_model_teacher:judge_twice", {"world": str(world)})
+def test_a_verdict_depends_on_the_prompt_and_the_vote_alone(world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.model"
+    train_sentencepiece([world / "text.jsonl"], other, 330, num_threads=1)
+    payload = {"world": str(world), "other": str(other)}
+    (found,) = run_ranks(1, "tests.train.test_model_teacher:judge_twice", payload)
     assert found["alone"] == found["among"] != found["vote zero"]
     assert found["spoken"] == (0.0, " Conclusion: Option 2", "")
     assert np.isnan(found["cut"][0]) and found["cut"][1].startswith("unparsable")
     assert found["shared"]
-
-
-def test_a_checkpoint_of_another_tokenizer_is_refused(world: Path, tmp_path: Path) -> None:
-    from megatron_sip.tokenizer.training import train_sentencepiece
-
-    train_sentencepiece([world / "text.jsonl"], tmp_path / "other.model", 330, num_threads=1)
-    changed = config(world, judge_tokenizer_model=str(tmp_path / "other.model"))
-    with pytest.raises(CheckpointError, match="--judge-tokenizer-model"):
-        TeacherProcess(changed, options(world), factory=FACTORY)
+    assert "--judge-tokenizer-model" in found["refusal of another tokenizer"]
 
 
 def test_what_a_model_cannot_judge_or_lacks_is_said(world: Path) -> None:
