@@ -14,7 +14,7 @@ from megatron_sip.teacher import TeacherProcess
 from megatron_sip.teacher.build import build_teacher
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.interfaces import JudgeGroup, JudgeRequest, Passage, RewriteItem, RewriteRequest
-from megatron_sip.tokenizer import TokenizerConfig
+from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 from megatron_sip.tokenizer.training import train_sentencepiece
 from tests.ranks import run_ranks
 from tests.train.teacher_world import recipe, write_world
@@ -78,6 +78,7 @@ def judge_twice(payload: dict[str, Any]) -> dict[str, Any]:
     """Answers of the judge to two votes, alone and among others; of a judge that says what it is made to say."""
     from megatron_sip.teacher.interfaces import Question
     from megatron_sip.train.model_teacher import OwnModels
+    from megatron_sip.train.weights import open_model
     from megatron_sip.types import Candidate, CandidateKind
 
     world = Path(payload["world"])
@@ -91,7 +92,8 @@ def judge_twice(payload: dict[str, Any]) -> dict[str, Any]:
 
     (_, among), (vote_zero,) = asyncio.run(together())
     try:
-        OwnModels(config(world, judge_tokenizer_model=payload["other"]), options(world)["tokenizer"]).judge("quality")
+        other_tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=payload["other"]))
+        open_model(str(world / "judge"), other_tokenizer, models._context)
         refusal = ""
     except CheckpointError as error:
         refusal = str(error)
