@@ -90,3 +90,9 @@ def warm_up_texts(examples: Path, noise: float, seed: int) -> Iterator[str]:
                     for word in record["suffix"].split()
                 ]
                 yield render("rewriter", prefix=record["prefix"], suffix=record["suffix"]) + "".join(words)
+
+
+def verdict_lines() -> list[str]:
+    """Enough of the words of answers and prompts for a tokenizer to know them."""
+    quality = [f"Q ; ; :{verdict.strip()}" for verdict in VERDICTS["quality"]] * 300
+    return quality + [f"S :{verdict} R =" for verdict in VERDICTS["safety"]] * 300
