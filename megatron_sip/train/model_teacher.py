@@ -125,14 +125,7 @@ class ModelJudge:
         self._waiting: list[tuple[Sequence[Question], asyncio.Future[list[Verdict]]]] = []
 
     def identity(self) -> JudgeIdentity:
-        settings = self._settings
-        sampling = {
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "max_tokens": settings.max_tokens,
-            "prompt_length": self._prompt_length,
-        }
-        return JudgeIdentity(f"model-{self.criterion}", self._generator.name, json.dumps(sampling, sort_keys=True))
+        return _identity(self.criterion, self._generator, self._settings, self._prompt_length)
 
     def prompt_hash(self, question: Question) -> str:
         return prompt_digest(self._template.render(question_values(question)))
@@ -198,6 +191,13 @@ class ModelRewriter:
         self._generator = generator
         self._settings = settings
         self._encoder = PromptEncoder(generator.tokenizer, prompt_length)
+        self._prompt_length = prompt_length
+
+    def identity(self) -> JudgeIdentity:
+        return _identity("rewriter", self._generator, self._settings, self._prompt_length)
+
+    def prompt_hash(self, item: RewriteItem) -> str:
+        return prompt_digest(self._template.render(_rewriter_values(item)))
 
     async def rewrite(self, items: Sequence[RewriteItem]) -> list[Rewrite]:
         rewrites = [Rewrite(None, failure=str(Failure(TOO_LONG, "the prompt does not fit")))] * len(items)
@@ -210,7 +210,7 @@ class ModelRewriter:
                 rewrites[index] = Rewrite(None, failure=str(Failure(TOO_LONG, str(error))))
                 continue
             indices.append(index)
-            keys.append(_key(prompt_digest(self._template.render(values))))
+            keys.append(_key(self.prompt_hash(item)))
         answers = self._generator.generate(prompts, keys, [1] * len(prompts), self._settings)
         for index, prompt, (answer,) in zip(indices, prompts, answers, strict=True):
             rewrites[index] = self._read(items[index], prompt, answer)
@@ -224,6 +224,16 @@ class ModelRewriter:
         if text.strip() == item.suffix.text.strip():
             return Rewrite(item.suffix.text, copied=True)
         return Rewrite(text)
+
+
+def _identity(role: str, generator: Generator, settings: RoleSettings, prompt_length: int) -> JudgeIdentity:
+    sampling = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        "prompt_length": prompt_length,
+    }
+    return JudgeIdentity(f"model-{role}", generator.name, json.dumps(sampling, sort_keys=True))
 
 
 def _rewriter_values(item: RewriteItem) -> Mapping[str, str]:

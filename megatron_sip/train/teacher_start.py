@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.teacher import TeacherProcess
 from megatron_sip.teacher.config import TeacherConfig
@@ -22,19 +20,19 @@ def start_process(
     *,
     judging: bool,
     rewriting: bool,
+    seed: int,
 ) -> TeacherProcess | None:
     """The replica's teacher on its leader, None elsewhere. ``tokenizer_config``: the run's own, which models of ours
-    share unless they name another."""
+    share unless they name another. ``seed``: the run's, which draws the order in which pairs are shown."""
     if not context.is_leader:
         return None
-    if teacher.judge_ledger and context.dp_size > 1:
-        teacher = dataclasses.replace(teacher, judge_ledger=f"{teacher.judge_ledger}.{context.dp_rank}")
     options = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "judging": judging,
         "rewriting": rewriting,
         "replica": context.dp_rank,
         "num_replicas": context.dp_size,
+        "seed": seed,
     }
     if not teacher.uses_models(judging, rewriting):
         return TeacherProcess(teacher, options)

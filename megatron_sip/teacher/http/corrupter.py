@@ -37,7 +37,7 @@ class HttpCorrupter:
         body = request_body(self._settings, messages)
         found = Corruption(None, KIND)
         for _ in range(self._attempts):
-            reply = await self._client.complete(body)
+            reply = await self._client.complete(lambda: body)
             if isinstance(reply, Failure):
                 return Corruption(None, KIND, str(reply))
             found = _read(reply.choices[0], item)

@@ -100,7 +100,8 @@ def _link(
     process = None
     if kind == "rewriter":
         teacher = rewards_teacher(config.teacher)
-        process = start_process(teacher, config.tokenizer, tokenizer, context, judging=True, rewriting=False)
+        seed = config.task.seed
+        process = start_process(teacher, config.tokenizer, tokenizer, context, judging=True, rewriting=False, seed=seed)
     # No rewrite is ever asked for, so that no suffix has a length here.
     return TeacherLink(process, tokenizer, context, timers, config.answer_length, config.teacher.judge_timeout_s)
 
