@@ -121,9 +121,16 @@ class HuggingFaceTokenizer(Tokenizer):
             before, found, frame = frame.partition(mark)
             if not found:
                 raise DataError(f"the chat template drops messages of the {message['role']}: leave them out of prompts")
-            ids += self._tokenizer(before, add_special_tokens=False, split_special_tokens=False).input_ids
-            ids += self._tokenizer(message["content"], add_special_tokens=False).input_ids
-        return ids + list(self._tokenizer(frame, add_special_tokens=False, split_special_tokens=False).input_ids)
+            ids += self._encode_frame(before)
+            ids += self._tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids + self._encode_frame(frame)
+
+    def _encode_frame(self, text: str) -> list[int]:
+        """Ids of text of the template, in which control tokens are meant."""
+        ids = list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids)
+        if self._backend is not None:
+            self._backend.encode_special_tokens = True  # the wrapper has switched it off, and leaves it so
+        return ids
 
     def decode(self, tokens: Sequence[int] | TokenArray) -> str:
         ids = [int(token) for token in tokens]
