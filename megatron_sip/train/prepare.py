@@ -106,7 +106,7 @@ class Preparer:
         rewritten: list[Sample] = self._take(SUFFIX, plan.counts["rewrite"])
         judged: list[Sample] = self._take(SUFFIX, plan.counts["rollout"])
         started = time.perf_counter()
-        groups, rewrite_groups, sums = self.build_groups(step, judged, rewritten)
+        groups, rewrite_groups, sums = self.build_groups(step, judged, rewritten, may_stop=True)
         rollout_s = time.perf_counter() - started
         return PreparedStep(
             step=step,
@@ -128,16 +128,16 @@ class Preparer:
         return self._teacher.submit_groups(groups, learn, step) if groups and self._needs_judge else None
 
     def build_groups(
-        self, step: int, judged: Sequence[Sample], rewritten: Sequence[Sample] = ()
+        self, step: int, judged: Sequence[Sample], rewritten: Sequence[Sample] = (), may_stop: bool = False
     ) -> tuple[list[CandidateGroup], list[CandidateGroup], dict[str, float]]:
         """(groups of the judged samples, groups with a rewrite alone, sums of rollout statistics).
 
-        The rewriter works while the policy generates.
+        The rewriter works while the policy generates. ``may_stop``: RunStopped ends a wait for it.
         """
         asked = [*rewritten, *(judged if self._pool.rewrite else ())]
         ticket = self._teacher.submit_rewrites(asked, step) if asked else None
         rollouts = self._generate(step, judged)
-        rewrites = self._teacher.collect_rewrites(ticket, asked) if ticket is not None else []
+        rewrites = self._teacher.collect_rewrites(ticket, asked, may_stop) if ticket is not None else []
         own, pooled = rewrites[: len(rewritten)], rewrites[len(rewritten) :]
         rewrite_groups = [
             build_group(sample, _ONLY_REWRITE, rewrite=rewrite) for sample, rewrite in zip(rewritten, own, strict=True)

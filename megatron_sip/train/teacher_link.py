@@ -184,15 +184,15 @@ class TeacherLink:
             self._process.submit(ticket, rewrite_request(samples, self._tokenizer, step))
         return ticket
 
-    def collect_rewrites(self, ticket: int, samples: Sequence[Sample]) -> list[IntArray | None]:
+    def collect_rewrites(self, ticket: int, samples: Sequence[Sample], may_stop: bool = False) -> list[IntArray | None]:
         """Token ids [<= N] per sample, None where the rewriter gave nothing. Collective over the job.
 
         Raises:
             JudgeError: the teacher died or is later than its time-out.
-            RunStopped: the run is to end.
+            RunStopped: the run is to end and ``may_stop``.
         """
         rewrites: list[IntArray | None] | None = None
-        self._require(self.wait(ticket, may_stop=True) is not None)
+        self._require(self.wait(ticket, may_stop) is not None)
         del self._submitted_s[ticket]
         if self._process is not None:
             result = self._process.collect(ticket, self.timeout_s)

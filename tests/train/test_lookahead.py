@@ -93,7 +93,8 @@ def embedded(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     runs = {f"ahead {depth}": {"lookahead": depth} for depth in (0, 1)}
     straight = {"lookahead": 2, **saved}
     resumed = {"lookahead": 2, "load": saved["save"], "ckpt_step": 3}
-    return train(corpora, folder, **runs, **{"ahead 2": straight, "resumed": resumed})
+    early = {"reference_scoring": "early", "train_iters": 2}
+    return train(corpora, folder, **runs, **{"ahead 2": straight, "resumed": resumed, "early": early})
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -123,6 +124,18 @@ def test_resumed_steps_equal_straight_ones_bit_for_bit_with_prepared_steps_in_th
     # The judge's running statistics have met both steps: their verdicts are in the checkpoint.
     assert embedded["resumed"]["pending"] == [(3, True), (4, True)]
     assert_alike(embedded["resumed"], embedded["ahead 2"], first_step=4)
+
+
+def test_reference_log_probs_of_all_candidates_ahead_of_the_verdicts_are_those_of_the_trained_rows(
+    embedded: dict[str, dict[str, Any]],
+) -> None:
+    early, late = embedded["early"]["records"], embedded["ahead 0"]["records"][:2]
+    for ours, theirs in zip(early, late, strict=True):
+        # The second step's reference is not the policy any more: its margins are not 0.
+        for name in ("loss/dpo", "rewards/margins", "grad-norm", "policy/kl_to_reference"):
+            assert (name in ours) == (name in theirs), name
+            np.testing.assert_allclose(ours.get(name, 0.0), theirs.get(name, 0.0), rtol=1e-4, atol=1e-6, err_msg=name)
+    assert abs(late[1]["rewards/margins"]) > 1e-4
 
 
 def test_calls_in_flight_at_a_save_are_asked_again(corpora: Path, tmp_path: Path) -> None:
