@@ -282,4 +282,4 @@ def _write_run_info(config: TrainConfig, context: ParallelContext, vocab_size: i
         "cores": os.cpu_count(),
     }
     assert config.observability.run_dir is not None
-    write_run_info(config.observability.run_dir, dataclasses.asdict(config), facts)
+    write_run_info(config.observability.run_dir, dataclasses.asdict(config), facts, config.rollout.pool.chance)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_sip.train.config import TrainConfig
 
 _PATH_OPTIONS = ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path")
+_TRAINING_PATHS = ("data_path", "valid_data_path")
+"""Those that a training run opens itself; tools open the others."""
 _TOKENIZER_PACKAGES = {
     "SentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
@@ -240,15 +242,15 @@ def _check_judge(config: TrainConfig) -> None:
 
 
 def _missing_corpora(config: TrainConfig) -> Iterator[str]:
-    for name in _PATH_OPTIONS:
+    for name in _TRAINING_PATHS:
         flag = f"--{name.replace('_', '-')}"
         for prefix in parse_blend(getattr(config.data, name), flag)[0]:
             if Path(prefix).suffix in (".bin", ".idx") and Path(prefix).is_file():
                 yield f"{flag} {prefix}: give the path without {Path(prefix).suffix}, which names both files"
                 continue
-            for suffix in (".bin", ".idx"):
-                if not Path(prefix + suffix).is_file():
-                    yield f"{flag}: no file {prefix}{suffix}; write it with tools/preprocess_data.py"
+            lacking = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+            if lacking:
+                yield f"{flag}: no file {prefix}{' and '.join(lacking)}; tools/preprocess_data.py writes them"
 
 
 def _missing_tokenizer(config: TrainConfig) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_sip.checkpoint.config import CheckpointConfig
@@ -82,7 +83,9 @@ class TrainingConfig:
     dry_run_corpus_samples: int | None = option(
         None, help="samples of the corpus for --dry-run, where the corpus is not at hand"
     )
-    dry_run_device_gib: float = option(80.0, help="memory of one device for --dry-run, in GiB")
+    dry_run_device_gib: float | None = option(
+        None, help="memory of one device for --dry-run, in GiB (default: this machine's GPU, else the machine's memory)"
+    )
 
     @property
     def judged_micro_batch_size(self) -> int:
@@ -109,7 +112,7 @@ class TrainingConfig:
             )
         if self.late_fill_limit <= 0:
             raise ConfigurationError(f"--late-fill-limit is {self.late_fill_limit}: give a number above 0")
-        if self.dry_run_device_gib <= 0:
+        if self.dry_run_device_gib is not None and self.dry_run_device_gib <= 0:
             raise ConfigurationError(f"--dry-run-device-gib is {self.dry_run_device_gib}: give a number above 0")
 
 
@@ -136,6 +139,20 @@ class TrainConfig:
     objective: ObjectiveConfig
     checkpoint: CheckpointConfig
     observability: ObservabilityConfig
+
+    def completed(self, given: Set[str]) -> TrainConfig:
+        """With --run-dir, what is not ``given`` is in it: checkpoints, saved and resumed from, and TensorBoard's."""
+        if self.observability.run_dir is None:
+            return self
+        run_dir = Path(self.observability.run_dir)
+        checkpoint, observability = self.checkpoint, self.observability
+        if "save" not in given:
+            checkpoint = replace(checkpoint, save=str(run_dir / "checkpoints"))
+        if "load" not in given:
+            checkpoint = replace(checkpoint, load=str(run_dir / "checkpoints"))
+        if "tensorboard_dir" not in given:
+            observability = replace(observability, tensorboard_dir=str(run_dir / "tensorboard"))
+        return replace(self, checkpoint=checkpoint, observability=observability)
 
     def validate(self) -> None:
         """Checks the sections against each other; what needs the world size is in ``checks.check_layout``."""

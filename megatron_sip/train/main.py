@@ -17,6 +17,8 @@ from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
 def main(argv: Sequence[str]) -> int:
     """Runs training; returns the exit status: 2 for a configuration that cannot work, 1 for other failures.
 
+    A dry run of what could not start here, because something is missing or does not fit, is a failure too.
+
     What a user can mend is printed as one line.
     """
     logging.basicConfig(level=logging.WARNING, format=" [%(levelname)s] %(message)s")
@@ -25,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
         if config.training.dry_run:
             from megatron_sip.train.dry_run import dry_run
 
-            print(dry_run(config, os.environ))
-            return 0
+            report, is_ready = dry_run(config, os.environ)
+            print(report)
+            return 0 if is_ready else 1
         check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
         require_present(config)
     except SIPError as error:

@@ -86,6 +86,8 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "reference_policy": "synced",
         "reference_sync_interval": 2,
         "run_dir": str(folder / "run"),
+        "save": None,
+        "load": None,
         **changes,
     }
 
