@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     try:
         convert(parse(argv))
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     try:
         converted = export(options.checkpoint, options)
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(serve_command(converted, options))

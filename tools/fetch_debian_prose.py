@@ -100,7 +100,7 @@ def main() -> None:
     for package in options.packages:
         try:
             print(f"{package}: {fetch(package, options.output_dir) / 1e6:.1f} MB of text")
-        except SIPError as error:
+        except (SIPError, OSError) as error:
             sys.exit(f"fetch_debian_prose: {error}")
 
 

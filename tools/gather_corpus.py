@@ -78,7 +78,7 @@ def main() -> None:
                 f"only {report.total_bytes / 1e6:.1f} MB of text found, --min-megabytes {options.min_megabytes}: "
                 "install more packages, or add text by --text-dir"
             )
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"gather_corpus: {error}")
 
 

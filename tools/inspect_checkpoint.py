@@ -23,7 +23,7 @@ def main() -> None:
 
     try:
         print(describe(arguments.directory, arguments.step, arguments.optimizer))
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

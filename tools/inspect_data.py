@@ -85,7 +85,7 @@ def main() -> None:
             options.plot.write_text(card_svg(cards), encoding="utf-8")
         if options.num_samples:
             show_samples(options, config, tokenizer)
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"inspect_data: {error}")
 
 

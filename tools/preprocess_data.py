@@ -213,7 +213,7 @@ def main() -> None:
     options = parse_arguments()
     try:
         run(options)
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"preprocess_data: {error}")
 
 

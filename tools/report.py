@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         path = write_report(arguments.run_dir, arguments.output, arguments.title)
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {path} ({path.stat().st_size / 1024:.0f} KiB)")
 

@@ -102,7 +102,7 @@ def main() -> None:
             for name, hashes in report.exclusions.items():
                 (options.write_exclusions / f"{name}.txt").write_text("".join(f"{text}\n" for text in hashes))
                 print(f"leave {len(hashes):,} out of {name}: --exclude {options.write_exclusions / name}.txt")
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"split_corpus: {error}")
     if report.overlapping:
         sys.exit(1)

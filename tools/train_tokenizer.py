@@ -34,7 +34,7 @@ def main() -> None:
             max_bytes=int(options.max_megabytes * 1e6),
             num_threads=options.workers,
         )
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"train_tokenizer: {error}")
     print(f"wrote {options.output}: {size} ids, {time.monotonic() - started:.0f} s")
 

@@ -52,7 +52,7 @@ class CheckpointConfig:
                 raise ConfigurationError(f"{_flag(name)} is {value}: give a positive number, or leave it out.")
         if self.save_interval is not None and self.save is None:
             raise ConfigurationError(
-                f"--save-interval {self.save_interval} has nowhere to save to: add --save or --run-dir DIR."
+                f"--save-interval {self.save_interval} has nowhere to save to: add --save DIR or --run-dir DIR."
             )
         if self.on_save_failure not in ("stop", "continue"):
             raise ConfigurationError(f"--on-save-failure is {self.on_save_failure!r}: choose 'stop' or 'continue'.")

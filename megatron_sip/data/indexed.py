@@ -79,6 +79,13 @@ def read_meta(prefix: str) -> CorpusMeta | None:
     return meta
 
 
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """What to say of an output that cannot be made."""
+    return DataError(
+        f"{path} cannot be written ({error.strerror}): choose another place, or get the right to write there"
+    )
+
+
 class IndexedWriter:
     """Writes a corpus under temporary names and gives it its own at ``close``: a corpus is whole or is not there.
 
@@ -96,8 +103,11 @@ class IndexedWriter:
         self._partials = [self._bin_partial, Path(f"{prefix}.idx{_PARTIAL}"), Path(f"{prefix}.meta.json{_PARTIAL}")]
         self._sources: SourceColumn | None = None
         self._sources_partial = Path(f"{sources_path(prefix)}{_PARTIAL}")
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self._bin_partial, "wb")  # noqa: SIM115  (closed by close or discard)
+        try:
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = open(self._bin_partial, "wb")  # noqa: SIM115  (closed by close or discard)
+        except OSError as error:
+            raise cannot_write(self._bin_partial, error) from None
 
     def add_documents(self, tokens: bytes, lengths: NDArray[np.int32], sources: Sources | None = None) -> None:
         """Append documents given as the bytes of their tokens (of ``self.dtype``) and their lengths in tokens.

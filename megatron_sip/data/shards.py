@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.data.encode import EncodedBatch, LineEncoder
-from megatron_sip.data.indexed import IndexedWriter
+from megatron_sip.data.indexed import IndexedWriter, cannot_write
 from megatron_sip.data.preprocess import PreprocessConfig, corpus_meta
 from megatron_sip.data.progress import PreprocessReport
 from megatron_sip.data.readers import expand_inputs, read_file
@@ -88,7 +88,10 @@ def make_plan(config: PreprocessConfig, folder: Path, tokenizer: Tokenizer) -> S
     if config.source_field is not None:
         options["source_field"] = config.source_field
     plan = ShardPlan(folder, shards, options)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     wanted = json.loads(json.dumps(plan.as_json()))
     path = folder / "plan.json"
     if not path.exists():
@@ -124,12 +127,15 @@ def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
     # Several nodes may write the plan or the manifest at once, the same bytes each.
     partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def read_json(path: Path) -> Any:

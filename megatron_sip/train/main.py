@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_sip.errors import ConfigurationError, SIPError
 from megatron_sip.train.checks import check_layout, require_present
 from megatron_sip.train.config import TrainConfig, load_train_config
-from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
+from megatron_sip.train.failures import failures_end_the_job, say_once_per_node, signals_end_the_start
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,16 +39,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    # Imported here, so that --help and --dry-run answer at once.
-    from megatron_sip.checkpoint import StopSignals
-    from megatron_sip.distributed import initialize
-    from megatron_sip.train.build import build_trainer
+    with failures_end_the_job(), signals_end_the_start():
+        # Imported here: --help and --dry-run answer at once, and a signal in these seconds is answered too.
+        from megatron_sip.checkpoint import StopSignals
+        from megatron_sip.distributed import initialize
+        from megatron_sip.train.build import build_trainer
 
-    with failures_end_the_job():
         context = initialize(config.parallel, config.training.seed)
-        with StopSignals() as signals, build_trainer(config, context, signals) as trainer:
+        signals = StopSignals()
+        with build_trainer(config, context, signals) as trainer:
             trainer.load()
-            end = trainer.run()
+            with signals:
+                end = trainer.run()
             if end.finished and context.rank == 0 and config.observability.run_dir is not None:
                 _mark_finished(Path(config.observability.run_dir), end.step)
         context.shutdown()
