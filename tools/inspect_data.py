@@ -17,20 +17,21 @@ from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
 from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from megatron_sip.tokenizer.config import TOKENIZER_TYPES
+from tools._help import HelpFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
     defaults = DataConfig()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--data-path", nargs="+", required=True, help="corpora, or a blend: weight path weight path ..."
     )
-    parser.add_argument("--seq-length", type=int, default=defaults.seq_length)
-    parser.add_argument("--suffix-length", type=int, default=defaults.suffix_length)
-    parser.add_argument("--min-prefix-length", type=int, default=defaults.min_prefix_length)
-    parser.add_argument("--min-suffix-length", type=int)
-    parser.add_argument("--sample-cut", choices=SAMPLE_CUTS, default=defaults.sample_cut)
+    parser.add_argument("--seq-length", type=int, default=defaults.seq_length, help="tokens of a window")
+    parser.add_argument("--suffix-length", type=int, default=defaults.suffix_length, help="of a suffix")
+    parser.add_argument("--min-prefix-length", type=int, default=defaults.min_prefix_length, help="before it")
+    parser.add_argument("--min-suffix-length", type=int, help="accept this at a document's end [--suffix-length]")
+    parser.add_argument("--sample-cut", choices=SAMPLE_CUTS, default=defaults.sample_cut, help="as in training")
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
     group.add_argument("--tokenizer-model", help="model file, or name or folder of a Hugging Face tokenizer")

@@ -24,11 +24,12 @@ from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig
 from megatron_sip.data.sharded import NodePart, merge_shards, preprocess_shards
 from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer.config import ENGINES, TOKENIZER_TYPES, TokenizerConfig
+from tools._help import HelpFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     data = parser.add_argument_group("input and output")
     data.add_argument(
         "--input", nargs="+", required=True, help="files, folders or globs; .jsonl, .json, .parquet, .gz, .zst"

@@ -13,7 +13,10 @@ class CheckpointConfig:
     """Where checkpoints go to and come from; the names are Megatron-LM's where it has one."""
 
     save: str | None = option(
-        None, help="Directory that receives checkpoints (default: checkpoints/ in --run-dir; none: nothing is saved)."
+        None,
+        help="Directory that receives checkpoints (default: checkpoints/ in --run-dir; none: nothing is saved).",
+        metavar="DIR",
+        also_called=("output_dir", "save_dir"),
     )
     save_interval: int | None = option(None, help="Steps between checkpoints; without it only the last one is saved.")
     keep_last: int | None = option(None, help="Number of checkpoints to keep; without it all are kept.")
@@ -27,11 +30,16 @@ class CheckpointConfig:
         help="What a failed save (a full disk) does to the run; earlier checkpoints stay intact either way.",
     )
     load: str | None = option(
-        None, help="Directory to resume from, if it has checkpoints (default: checkpoints/ in --run-dir; none: afresh)."
+        None,
+        help="Directory to resume from, if it has checkpoints (default: checkpoints/ in --run-dir; none: afresh).",
+        metavar="DIR",
+        also_called=("resume", "resume_from_checkpoint", "load_dir"),
     )
     ckpt_step: int | None = option(None, help="Step to load in place of the latest one.")
     pretrained_checkpoint: str | None = option(
-        None, help="Directory whose weights a run starts from, at step 0, if --load holds no checkpoint yet."
+        None,
+        help="Directory whose weights a run starts from, at step 0, if --load holds no checkpoint yet.",
+        metavar="DIR",
     )
     finetune: bool = option(False, help="Load weights only and start at step 0 with fresh data and optimizer.")
     no_load_optim: bool = option(False, help="Do not load the optimizer and learning-rate state.")

@@ -199,7 +199,7 @@ def _unknown_key(name: str, schema: Schema, source: str, section: str | None) ->
     if section is None and schema.section(name) is not None:
         return f"{source}: section {name!r} must be a mapping of options"
     sections = [s.name for s in schema.sections if s.name]
-    near = did_you_mean(name, [*schema.options, *([] if section else sections)])
+    near = did_you_mean(name, [*schema.options, *([] if section else sections)], schema.other_names)
     where = f" in section {section!r}" if section else ""
     return f"{source}: unknown key {name}{where}{near}; --help lists them all"
 

@@ -20,16 +20,23 @@ class DataConfig:
         (),
         help="Training corpora: paths, passed through one after the other and shuffled together, or a blend "
         "'weight path weight path ...'.",
+        metavar="PATH",
     )
-    valid_data_path: tuple[str, ...] = option((), help="Validation corpora, like --data-path.")
-    test_data_path: tuple[str, ...] = option((), help="Test corpora for tools/evaluate.py, like --data-path.")
+    valid_data_path: tuple[str, ...] = option((), help="Validation corpora, like --data-path.", metavar="PATH")
+    test_data_path: tuple[str, ...] = option(
+        (), help="Test corpora for tools/evaluate.py, like --data-path.", metavar="PATH"
+    )
     judge_data_path: tuple[str, ...] = option(
-        (), help="Corpora that the embedded judge is fitted on; they must not overlap --data-path."
+        (), help="Corpora that the embedded judge is fitted on; they must not overlap --data-path.", metavar="PATH"
     )
     second_judge_data_path: tuple[str, ...] = option(
-        (), help="Corpora of the held-out second judge, which no training run sees."
+        (), help="Corpora of the held-out second judge, which no training run sees.", metavar="PATH"
     )
-    seq_length: int = option(2048, help="Tokens of a next-token window, and of prefix + suffix at most.")
+    seq_length: int = option(
+        2048,
+        help="Tokens of a next-token window, and of prefix + suffix at most.",
+        also_called=("max_seq_len", "max_seq_length", "sequence_length", "context_length"),
+    )
     suffix_length: int = option(128, help="N: tokens of a suffix, a rewrite and a rollout.")
     min_prefix_length: int = option(1, help="Tokens that must precede a suffix in its document.")
     min_suffix_length: int | None = option(

@@ -43,7 +43,9 @@ class PanelOptions:
         help="changes to it: unigram_discount, token_cap, repetition, cache, copying, shortness, overuse",
         metavar="NAME=X",
     )
-    safety_words: str = option("", help="word list of the safety judge and the rewriter, one a line [a built-in list]")
+    safety_words: str = option(
+        "", help="word list of the safety judge and the rewriter, one a line [a built-in list]", metavar="FILE"
+    )
     pair_schedule: str = option(
         "all",
         help="pairs of candidates to compare: all n(n-1)/2, pivot (n-1), circular (n), or best_worst: a search for "

@@ -32,6 +32,8 @@ class TokenizerConfig:
         None,
         help="SentencePiece .model file, Hugging Face name or folder, or tiktoken ranks "
         "(.tiktoken text or Megatron's .json).",
+        metavar="PATH",
+        also_called=("tokenizer", "tokenizer_path"),
     )
     vocab_size: int | None = option(
         None,

@@ -32,13 +32,19 @@ Every flag is also a key of a recipe, with underscores; flags win over recipes. 
 class TrainingConfig:
     """Batch, length and rhythm of the run."""
 
-    train_iters: int = option(help="optimizer steps of the whole run")
-    micro_batch_size: int = option(1, help="next-token rows of one forward pass on one replica")
+    train_iters: int = option(
+        help="optimizer steps of the whole run", also_called=("max_steps", "num_steps", "train_steps")
+    )
+    micro_batch_size: int = option(
+        1, help="next-token rows of one forward pass on one replica", also_called=("per_device_train_batch_size",)
+    )
     rollout_micro_batch_size: int | None = option(
         None, help="the same for rows of the suffix, rewrite and rollout streams (default: --micro-batch-size)"
     )
     global_batch_size: int = option(
-        256, help="corpus samples of a step: a next-token window, a rewrite and a group of candidates count one each"
+        256,
+        help="corpus samples of a step: a next-token window, a rewrite and a group of candidates count one each",
+        also_called=("batch_size", "train_batch_size"),
     )
     eval_interval: int = option(1000, help="steps between two measurements of the validation loss; 0 is never")
     eval_iters: int = option(10, help="global batches of windows of such a measurement; 0 measures none")
