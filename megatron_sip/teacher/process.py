@@ -22,7 +22,6 @@ from megatron_sip.errors import JudgeError, SIPError
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.interfaces import JudgeRequest, JudgeResult, RewriteRequest, RewriteResult
 from megatron_sip.teacher.messages import Answer, Close, Failure, GetState, Ready, SetState, Start, Submit
-from megatron_sip.teacher.statistics import JudgeStatistics
 
 _EMBEDDED = "megatron_sip.teacher.build:build_teacher"
 _CLOSE_S = 5.0
@@ -56,7 +55,6 @@ class TeacherProcess:
         SIPError the factory raises, and JudgeError if the process dies or is not ready in time.
         """
         self._config = config
-        self._statistics = JudgeStatistics()
         self._state_tickets = itertools.count()
         self._changed = threading.Condition()
         self._ready = False
@@ -131,8 +129,6 @@ class TeacherProcess:
         """
         answer = self._collect(ticket, timeout_s)
         assert isinstance(answer, JudgeResult | RewriteResult)
-        if isinstance(answer, JudgeResult):
-            self._statistics.add(answer)
         return answer
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,10 +142,6 @@ class TeacherProcess:
         ticket = _StateTicket(next(self._state_tickets))
         self._request(ticket, SetState(ticket, state))
         self._collect(ticket, None)
-
-    def statistics(self) -> dict[str, float]:
-        """``judge/...`` scalars of this replica since the last call."""
-        return self._statistics.take()
 
     def close(self) -> None:
         """End the process; unanswered requests are lost. May be called twice."""
