@@ -69,6 +69,19 @@ def test_the_recipes_hold_the_papers_settings() -> None:
     }
 
 
+def test_the_quickstart_trains_on_what_it_has_made_wherever_that_is() -> None:
+    from tools.quickstart import all_stages
+
+    run_dir = Path("elsewhere")
+    stages = all_stages(run_dir, EXAMPLES / "recipes" / "quickstart.yaml", 2, ["--seed", "3"])
+    (words,) = [stage.command for stage in stages if any(word.endswith("pretrain_sip.py") for word in stage.command)]
+    config = load_train_config(words[next(i for i, word in enumerate(words) if word.endswith("pretrain_sip.py")) + 1 :])
+    made = {str(stage.output).removesuffix(".idx") for stage in stages}
+    used = {*config.data.data_path, *config.data.valid_data_path}
+    assert used | {config.tokenizer.tokenizer_model, config.teacher.judge_model} <= made
+    assert config.checkpoint.save == "elsewhere/checkpoints" and config.training.seed == 3
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_sound_shell(name: str) -> None:
     checked = subprocess.run(["bash", "-n", str(EXAMPLES / name)], capture_output=True, text=True)
