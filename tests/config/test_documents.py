@@ -52,10 +52,12 @@ def test_every_path_that_a_document_names_exists(name: str) -> None:
 def test_every_flag_that_a_document_gives_to_a_tool_exists(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     trainer = {*read_schema(TrainConfig).flags, *_CONSUMED}
-    known = {path.name: flags_of(path.name) for path in (ROOT / "tools").glob("[a-z]*.py") if path.name in text}
+    known = {
+        f"tools/{path.name}": flags_of(path.name) for path in (ROOT / "tools").glob("[a-z]*.py") if path.name in text
+    }
     known |= {"pretrain_sip.py": frozenset(trainer)}
-    if "evaluate.py" in known:
-        known["evaluate.py"] |= trainer
+    if "tools/evaluate.py" in known:
+        known["tools/evaluate.py"] |= trainer
     for script, flags in known.items():
         for words in commands(text, script):
             named = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
