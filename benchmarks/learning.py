@@ -58,9 +58,8 @@ def pretrain(experiment: Experiment, arm: Path, *flags: str) -> None:
     """One training run on one rank with everything under ``arm``; skipped if it has finished."""
     if (arm / "finished.json").exists():
         return
-    folders = ["--run-dir", str(arm), "--tensorboard-dir", str(arm / "tensorboard"), "--save", str(arm / "checkpoints")]
     layout = ["--tensor-model-parallel-size", "1", "--lr-decay-iters", str(experiment.total_steps)]
-    command = [sys.executable, "pretrain_sip.py", "--config", str(experiment.config), *folders, *layout]
+    command = [sys.executable, "pretrain_sip.py", "--config", str(experiment.config), "--run-dir", str(arm), *layout]
     run([*command, *experiment.extra, *flags], arm / "log.txt")
 
 
@@ -83,8 +82,6 @@ def warm_up(experiment: Experiment, seed: int) -> Path:
         steps,
         "--probe-interval",
         "0",
-        "--load",
-        str(arm / "checkpoints"),
     )
     return arm / "checkpoints"
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
 from megatron_sip.errors import SIPError
+from tools._help import HelpFormatter
 
 if TYPE_CHECKING:
     from megatron_sip.checkpoint.huggingface.convert import Check, Converted
@@ -28,7 +29,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source, text in (
         ("to-megatron", "model directory with config.json and safetensors", "transformers -> Megatron"),
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     try:
         convert(parse(argv))
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

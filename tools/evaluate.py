@@ -1,9 +1,11 @@
 """Compares two checkpoints on unseen prefixes by win rate, with guards against a policy that hacks its judge.
 
-    tools/evaluate.py --config RECIPE --checkpoint DIR --baseline DIR --judge judge.npz --second-judge judge2.npz
+    tools/evaluate.py --config examples/recipes/quickstart.yaml --tensor-model-parallel-size 1 \\
+        --checkpoint runs/quickstart/checkpoints --baseline runs/quickstart/checkpoints --baseline-step 400 \\
+        --second-judge runs/quickstart/data/judge2.npz
 
-Takes the flags and recipes of pretrain_sip.py as well (model, tokenizer, --test-data-path, --seed, ...), and runs alone
-or under torchrun; the layout need not be that of the training.
+Takes the flags and recipes of pretrain_sip.py as well (model, tokenizer, --test-data-path, --seed, ...;
+pretrain_sip.py --help lists them), and runs alone or under torchrun; the layout need not be that of the training.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from megatron_sip.evaluation.config import EvaluationConfig
 from megatron_sip.observability.jsonl import finite
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
+from tools._help import HelpFormatter
 
 if TYPE_CHECKING:
     from megatron_sip.evaluation import Evaluation
@@ -41,14 +44,12 @@ _TYPES: Mapping[str, Callable[[str], Any]] = {
 
 def parse(argv: Sequence[str]) -> tuple[EvaluationConfig, TrainConfig]:
     """The comparison's own options, and those of the training that the policies come from."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(EvaluationConfig):
         required = field.default is dataclasses.MISSING
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            help=field.metadata["help"] + ("" if required else f" [{field.default}]"),
+            help=field.metadata["help"].removesuffix("."),
             type=_TYPES.get(field.name, str),
             required=required,
             default=None if required else field.default,

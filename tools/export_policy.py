@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import SIPError
+from tools._help import HelpFormatter
 from tools.convert_checkpoint import add_dtype_option, add_export_options, export
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="what --save was, or one iter_* directory")
     parser.add_argument("output", type=Path, help="new directory")
     add_dtype_option(parser)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     try:
         converted = export(options.checkpoint, options)
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(serve_command(converted, options))

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import DataError, SIPError
+from tools._help import HelpFormatter
 
 
 def _janeaustenr_novels(root: Path) -> Iterator[tuple[str, str]]:
@@ -92,7 +93,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 def main() -> None:
     """Fetch the packages named and say what each gave."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for <package>/*.txt")
     listing = "; ".join(f"{name}: {about}" for name, (about, _) in PACKAGES.items())
     parser.add_argument("--packages", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help=listing)
@@ -100,7 +101,7 @@ def main() -> None:
     for package in options.packages:
         try:
             print(f"{package}: {fetch(package, options.output_dir) / 1e6:.1f} MB of text")
-        except SIPError as error:
+        except (SIPError, OSError) as error:
             sys.exit(f"fetch_debian_prose: {error}")
 
 

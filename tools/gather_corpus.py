@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_sip.data.gather import DEFAULT_PACKAGES, DEFAULT_SPLITS, GatherReport, gather
 from megatron_sip.data.splits import parse_shares
 from megatron_sip.errors import DataError, SIPError
+from tools._help import HelpFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for <split>.jsonl and sources.json")
     parser.add_argument(
         "--packages", nargs="+", default=list(DEFAULT_PACKAGES), help="packages to read; stdlib is Python itself"
@@ -78,7 +79,7 @@ def main() -> None:
                 f"only {report.total_bytes / 1e6:.1f} MB of text found, --min-megabytes {options.min_megabytes}: "
                 "install more packages, or add text by --text-dir"
             )
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"gather_corpus: {error}")
 
 

@@ -12,31 +12,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
-from megatron_sip.data.card import card_text, corpus_cards, histogram_svg
-from megatron_sip.data.config import DataConfig, parse_blend
+from megatron_sip.data.card import card_svg, card_text, corpus_cards
+from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
 from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from megatron_sip.tokenizer.config import TOKENIZER_TYPES
+from tools._help import HelpFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
     defaults = DataConfig()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--data-path", nargs="+", required=True, help="corpora, or a blend: weight path weight path ..."
     )
-    parser.add_argument("--seq-length", type=int, default=defaults.seq_length)
-    parser.add_argument("--suffix-length", type=int, default=defaults.suffix_length)
-    parser.add_argument("--min-prefix-length", type=int, default=defaults.min_prefix_length)
-    parser.add_argument("--min-suffix-length", type=int)
-    parser.add_argument("--sample-cut", choices=("chunk", "random"), default=defaults.sample_cut)
-    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
-    parser.add_argument("--tokenizer-model")
-    parser.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
+    parser.add_argument("--seq-length", type=int, default=defaults.seq_length, help="tokens of a window")
+    parser.add_argument("--suffix-length", type=int, default=defaults.suffix_length, help="of a suffix")
+    parser.add_argument("--min-prefix-length", type=int, default=defaults.min_prefix_length, help="before it")
+    parser.add_argument("--min-suffix-length", type=int, help="accept this at a document's end [--suffix-length]")
+    parser.add_argument("--sample-cut", choices=SAMPLE_CUTS, default=defaults.sample_cut, help="as in training")
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
+    group.add_argument("--tokenizer-model", help="model file, or name or folder of a Hugging Face tokenizer")
+    group.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
+    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2")
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
+    group.add_argument("--tiktoken-special-tokens", nargs="+")
     parser.add_argument("--num-samples", type=int, default=3, help="samples to decode")
     parser.add_argument("--seed", type=int, default=0, help="which samples")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths and sources")
     return parser.parse_args()
 
 
@@ -68,6 +73,9 @@ def main() -> None:
                 tokenizer_type=options.tokenizer_type,
                 tokenizer_model=options.tokenizer_model,
                 vocab_size=options.vocab_size,
+                tiktoken_pattern=options.tiktoken_pattern,
+                tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
+                tiktoken_special_tokens=tuple(options.tiktoken_special_tokens or ()) or None,
             )
         )
         corpora = open_corpora(options.data_path, tokenizer)
@@ -75,10 +83,10 @@ def main() -> None:
         for card in cards:
             print(card_text(card, config))
         if options.plot is not None:
-            options.plot.write_text(histogram_svg(cards), encoding="utf-8")
+            options.plot.write_text(card_svg(cards), encoding="utf-8")
         if options.num_samples:
             show_samples(options, config, tokenizer)
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"inspect_data: {error}")
 
 

@@ -80,7 +80,11 @@ def data_stages(data: Path, prefix: str = "") -> list[Stage]:
 def all_stages(run_dir: Path, config: Path, num_ranks: int, extra: list[str]) -> list[Stage]:
     """Every command of the quickstart, in order."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    train = [*launch, str(ROOT / "pretrain_sip.py"), "--config", str(config), *extra]
+    data = run_dir / "data"
+    # Named here, so that --run-dir moves all of it.
+    paths = ["--run-dir", run_dir, "--tokenizer-model", data / "tokenizer.model", "--judge-model", data / "judge.npz"]
+    paths += ["--data-path", data / "policy_text_document", "--valid-data-path", data / "validation_text_document"]
+    train = [*launch, str(ROOT / "pretrain_sip.py"), "--config", str(config), *map(str, paths), *extra]
     report = [sys.executable, str(ROOT / "tools" / "report.py"), str(run_dir)]
     return [
         *data_stages(run_dir / "data"),

@@ -72,7 +72,7 @@ def main() -> None:
     try:
         options = load(RewriteOptions, sys.argv[1:], prog="rewrite_corpus.py")
         counts = asyncio.run(rewrite(options))
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"error: {error}")
     print(", ".join(f"{count:,} {status}" for status, count in sorted(counts.items())) or "nothing left to do")
     if counts[TRANSPORT] + counts[SERVER]:

@@ -20,11 +20,12 @@ from megatron_sip.data.readers import FORMATS, ReadConfig, expand_inputs, read_f
 from megatron_sip.data.records import BrokenLine, Record, parse_batch
 from megatron_sip.data.splits import OverlapReport, document_key, parse_shares, search_overlap, split_of
 from megatron_sip.errors import ConfigurationError, DataError, SIPError
+from tools._help import HelpFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--split", action="append", default=[], metavar="NAME=PATH", help="files of a split; repeat it")
     parser.add_argument("--input", nargs="+", default=[], help="a corpus to cut by --splits")
     parser.add_argument("--splits", help="name:share,...")
@@ -102,7 +103,7 @@ def main() -> None:
             for name, hashes in report.exclusions.items():
                 (options.write_exclusions / f"{name}.txt").write_text("".join(f"{text}\n" for text in hashes))
                 print(f"leave {len(hashes):,} out of {name}: --exclude {options.write_exclusions / name}.txt")
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"split_corpus: {error}")
     if report.overlapping:
         sys.exit(1)

@@ -12,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer.training import train_sentencepiece
+from tools._help import HelpFormatter
 
 
 def main() -> None:
     """Train, write the model in one move, say how large it is."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="jsonl files")
     parser.add_argument("--json-key", default="text", help="field of the text")
     parser.add_argument("--output", type=Path, required=True, help=".model file to write")
@@ -34,7 +35,7 @@ def main() -> None:
             max_bytes=int(options.max_megabytes * 1e6),
             num_threads=options.workers,
         )
-    except SIPError as error:
+    except (SIPError, OSError) as error:
         sys.exit(f"train_tokenizer: {error}")
     print(f"wrote {options.output}: {size} ids, {time.monotonic() - started:.0f} s")
 

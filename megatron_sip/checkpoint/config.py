@@ -12,7 +12,12 @@ from megatron_sip.errors import ConfigurationError
 class CheckpointConfig:
     """Where checkpoints go to and come from; the names are Megatron-LM's where it has one."""
 
-    save: str | None = option(None, help="Directory that receives checkpoints; without it nothing is saved.")
+    save: str | None = option(
+        None,
+        help="Directory that receives checkpoints (default: checkpoints/ in --run-dir; none: nothing is saved).",
+        metavar="DIR",
+        also_called=("output_dir", "save_dir"),
+    )
     save_interval: int | None = option(None, help="Steps between checkpoints; without it only the last one is saved.")
     keep_last: int | None = option(None, help="Number of checkpoints to keep; without it all are kept.")
     async_save: bool = option(False, help="Write checkpoints in a background process while training goes on.")
@@ -24,10 +29,17 @@ class CheckpointConfig:
         choices=("stop", "continue"),
         help="What a failed save (a full disk) does to the run; earlier checkpoints stay intact either way.",
     )
-    load: str | None = option(None, help="Directory to resume from; a run that finds none there starts afresh.")
+    load: str | None = option(
+        None,
+        help="Directory to resume from, if it has checkpoints (default: checkpoints/ in --run-dir; none: afresh).",
+        metavar="DIR",
+        also_called=("resume", "resume_from_checkpoint", "load_dir"),
+    )
     ckpt_step: int | None = option(None, help="Step to load in place of the latest one.")
     pretrained_checkpoint: str | None = option(
-        None, help="Directory whose weights a run starts from, at step 0, if --load holds no checkpoint yet."
+        None,
+        help="Directory whose weights a run starts from, at step 0, if --load holds no checkpoint yet.",
+        metavar="DIR",
     )
     finetune: bool = option(False, help="Load weights only and start at step 0 with fresh data and optimizer.")
     no_load_optim: bool = option(False, help="Do not load the optimizer and learning-rate state.")
@@ -47,7 +59,9 @@ class CheckpointConfig:
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{_flag(name)} is {value}: give a positive number, or leave it out.")
         if self.save_interval is not None and self.save is None:
-            raise ConfigurationError(f"--save-interval {self.save_interval} has nowhere to save to: add --save DIR.")
+            raise ConfigurationError(
+                f"--save-interval {self.save_interval} has nowhere to save to: add --save DIR or --run-dir DIR."
+            )
         if self.on_save_failure not in ("stop", "continue"):
             raise ConfigurationError(f"--on-save-failure is {self.on_save_failure!r}: choose 'stop' or 'continue'.")
         if self.ckpt_step is not None and self.load is None:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_sip.distributed import ParallelContext
+if TYPE_CHECKING:
+    from megatron_sip.distributed import ParallelContext
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

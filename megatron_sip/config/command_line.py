@@ -188,7 +188,7 @@ def _short(value: Any) -> str:
         return " ".join(_short(item) for item in value)
     if isinstance(value, dict):
         return " ".join(f"{name}={_short(item)}" for name, item in value.items())
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _print_help(parser: _Parser, schema: Schema, argv: Sequence[str]) -> None:
@@ -213,11 +213,16 @@ def _print_help(parser: _Parser, schema: Schema, argv: Sequence[str]) -> None:
     parser.print_help()
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _refuse_extras(extras: Sequence[str], schema: Schema) -> None:
     for word in extras:
         if word.startswith("--"):
             flag = word.split("=")[0]
-            near = did_you_mean(flag.replace("_", "-"), [*schema.flags, *_RESERVED])
+            others = {_flag(name): _flag(option) for name, option in schema.other_names.items()}
+            near = did_you_mean(flag.replace("_", "-"), [*schema.flags, *_RESERVED], others)
             raise ConfigurationError(f"unknown flag {flag}{near}; --help lists them all")
     if extras:
         raise ConfigurationError(f"{extras[0]!r} belongs to no flag; options start with two dashes, see --help")

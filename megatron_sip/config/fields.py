@@ -18,9 +18,14 @@ def option(
     choices: Sequence[Any] | None = None,
     default_factory: Callable[[], Any] | None = None,
     metavar: str | None = None,
+    also_called: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with a help text; ``choices`` are checked wherever a value comes from."""
+    """A dataclass field with a help text; ``choices`` are checked wherever a value comes from.
+
+    ``also_called``: names that other programs have for it; they are not accepted, but lead to it.
+    """
     metadata = {"help": help, "choices": tuple(choices) if choices else None, "metavar": metavar}
+    metadata["also_called"] = tuple(also_called)
     if default_factory is not None:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -71,9 +71,7 @@ def load_with_sources(
         option = schema.options[name]
         values[name] = _convert(words, option, option.flag, textual=True)
         sources[name] = "flag"
-    config = build(root, values)
-    validate(config)
-    return Loaded(config, sources, line.print_config)
+    return Loaded(_finish(root, values), sources, line.print_config)
 
 
 def from_mapping(root: type[Root], mapping: Mapping[str, Any], source: str = "config") -> Root:
@@ -84,10 +82,17 @@ def from_mapping(root: type[Root], mapping: Mapping[str, Any], source: str = "co
     """
     schema = read_schema(root)
     flat = _flatten(mapping, schema, source)
-    config = build(
+    return _finish(
         root,
         {n: _convert(value, schema.options[n], f"{source}: {n}", textual=False) for n, value in flat.items()},
     )
+
+
+def _finish(root: type[Root], values: Mapping[str, Any]) -> Root:
+    """The config of ``values``, completed where its class derives defaults from other options, and validated."""
+    config = build(root, values)
+    if hasattr(config, "completed"):
+        config = config.completed(frozenset(values))
     validate(config)
     return config
 
@@ -194,7 +199,7 @@ def _unknown_key(name: str, schema: Schema, source: str, section: str | None) ->
     if section is None and schema.section(name) is not None:
         return f"{source}: section {name!r} must be a mapping of options"
     sections = [s.name for s in schema.sections if s.name]
-    near = did_you_mean(name, [*schema.options, *([] if section else sections)])
+    near = did_you_mean(name, [*schema.options, *([] if section else sections)], schema.other_names)
     where = f" in section {section!r}" if section else ""
     return f"{source}: unknown key {name}{where}{near}; --help lists them all"
 

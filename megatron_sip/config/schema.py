@@ -25,6 +25,8 @@ class Option:
     help: str
     choices: tuple[Any, ...] | None = None
     metavar: str | None = None
+    also_called: tuple[str, ...] = ()
+    """Names of other programs for it: not accepted, but suggested from."""
 
     @property
     def flag(self) -> str:
@@ -59,6 +61,11 @@ class Schema:
     options: dict[str, Option]
     flags: dict[str, tuple[Option, bool]]
     """Flag -> (option, what a switch becomes); an opposite flag that another option has taken is not in it."""
+
+    @property
+    def other_names(self) -> dict[str, str]:
+        """Name in other programs -> option, with underscores both."""
+        return {name: option.name for option in self.options.values() for name in option.also_called}
 
     def section(self, name: str) -> Section | None:
         return next((section for section in self.sections if section.name == name), None)
@@ -125,7 +132,14 @@ def _option(field: dataclasses.Field[Any], annotation: Any, section: str) -> Opt
     default = field.default if field.default_factory is MISSING else field.default_factory()
     metadata = field.metadata
     return Option(
-        field.name, section, annotation, default, metadata["help"], metadata.get("choices"), metadata.get("metavar")
+        field.name,
+        section,
+        annotation,
+        default,
+        metadata["help"],
+        metadata.get("choices"),
+        metadata.get("metavar"),
+        metadata.get("also_called", ()),
     )
 
 

@@ -100,10 +100,13 @@ class Curriculum:
             probe=self._is_probe(index, step, trigger, start),
         )
 
-    def observe(self, step: int, rollout_win_rate: float, trigger: TriggerState) -> TriggerState:
-        """The state after the probe of ``step``; a phase that it opens begins at ``step + 1``.
+    def observe(
+        self, step: int, rollout_win_rate: float, trigger: TriggerState, next_step: int | None = None
+    ) -> TriggerState:
+        """The state after the probe of ``step``; a phase that it opens begins at ``next_step``, else ``step + 1``.
 
         ``rollout_win_rate``: share of judged groups won by a rollout; NaN (nothing could be judged) changes nothing.
+        ``next_step``: the first step that has no plan yet, where steps are prepared ahead.
         """
         plan = self.plan(step, trigger)
         if not plan.probe or math.isnan(rollout_win_rate):
@@ -112,7 +115,7 @@ class Curriculum:
         assert waiting.wait_for is not None
         if rollout_win_rate < waiting.wait_for.rollout_win_rate:
             return trigger
-        return TriggerState({**trigger.opened, waiting.name: step + 1})
+        return TriggerState({**trigger.opened, waiting.name: step + 1 if next_step is None else next_step})
 
     def _starts(self, trigger: TriggerState) -> list[int | None]:
         """First step of each phase; None for one that still waits, and for those after it."""

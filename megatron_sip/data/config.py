@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
 
+SAMPLE_CUTS = ("chunk", "random", "last")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -18,16 +20,23 @@ class DataConfig:
         (),
         help="Training corpora: paths, passed through one after the other and shuffled together, or a blend "
         "'weight path weight path ...'.",
+        metavar="PATH",
     )
-    valid_data_path: tuple[str, ...] = option((), help="Validation corpora, like --data-path.")
-    test_data_path: tuple[str, ...] = option((), help="Test corpora for tools/evaluate.py, like --data-path.")
+    valid_data_path: tuple[str, ...] = option((), help="Validation corpora, like --data-path.", metavar="PATH")
+    test_data_path: tuple[str, ...] = option(
+        (), help="Test corpora for tools/evaluate.py, like --data-path.", metavar="PATH"
+    )
     judge_data_path: tuple[str, ...] = option(
-        (), help="Corpora that the embedded judge is fitted on; they must not overlap --data-path."
+        (), help="Corpora that the embedded judge is fitted on; they must not overlap --data-path.", metavar="PATH"
     )
     second_judge_data_path: tuple[str, ...] = option(
-        (), help="Corpora of the held-out second judge, which no training run sees."
+        (), help="Corpora of the held-out second judge, which no training run sees.", metavar="PATH"
     )
-    seq_length: int = option(2048, help="Tokens of a next-token window, and of prefix + suffix at most.")
+    seq_length: int = option(
+        2048,
+        help="Tokens of a next-token window, and of prefix + suffix at most.",
+        also_called=("max_seq_len", "max_seq_length", "sequence_length", "context_length"),
+    )
     suffix_length: int = option(128, help="N: tokens of a suffix, a rewrite and a rollout.")
     min_prefix_length: int = option(1, help="Tokens that must precede a suffix in its document.")
     min_suffix_length: int | None = option(
@@ -35,8 +44,9 @@ class DataConfig:
     )
     sample_cut: str = option(
         "chunk",
-        help="'chunk': every chunk of N tokens of a document once per epoch; 'random': one random cut per document.",
-        choices=("chunk", "random"),
+        help="'chunk': every chunk of N tokens of a document once per epoch; 'random': one random cut per document; "
+        "'last': a document's last N tokens (tools/select_unsafe.py writes such documents).",
+        choices=SAMPLE_CUTS,
     )
     eod_mask_loss: bool = option(False, help="Leave the prediction after an end-of-document token out of the loss.")
     data_seed: int | None = option(None, help="Seed of the sample order (default: --seed).")
@@ -68,8 +78,8 @@ class DataConfig:
             )
         if self.data_seed is not None and self.data_seed < 0:
             raise ConfigurationError(f"--data-seed is {self.data_seed}: give 0 or more, or leave it out")
-        if self.sample_cut not in ("chunk", "random"):
-            raise ConfigurationError(f"--sample-cut {self.sample_cut}: choose chunk or random")
+        if self.sample_cut not in SAMPLE_CUTS:
+            raise ConfigurationError(f"--sample-cut {self.sample_cut}: choose {', '.join(SAMPLE_CUTS)}")
         for name in ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path"):
             parse_blend(getattr(self, name), f"--{name.replace('_', '-')}")
 

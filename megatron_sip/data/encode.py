@@ -17,8 +17,10 @@ from megatron_sip.data.indexed import token_dtype
 from megatron_sip.data.jsonl import LineBatch
 from megatron_sip.data.readers import ReadConfig
 from megatron_sip.data.records import BrokenLine, parse_batch
+from megatron_sip.data.sources import Sources, coded, source_of
 from megatron_sip.errors import DataError
 from megatron_sip.tokenizer import Tokenizer
+from megatron_sip.tokenizer.base import joined
 
 _PR_SET_PDEATHSIG = 1
 
@@ -30,6 +32,8 @@ class EncodedColumn:
     tokens: bytes
     lengths: NDArray[np.int32]
     num_empty: int
+    sources: Sources | None = None
+    """Where each of these documents is from, if that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class EncodedBatch:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A document that stays."""
+
+    number: int
+    texts: tuple[str, ...]
+    source: str
+
+
 class LineEncoder:
     """Parses, filters and tokenizes a batch of lines. Built once in every worker."""
 
@@ -56,16 +69,18 @@ class LineEncoder:
         append_eod: bool,
         read: ReadConfig | None = None,
         filters: FilterConfig | None = None,
+        source_field: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._keys = tuple(json_keys)
         self._append_eod = append_eod
         self._read = read or ReadConfig()
         self._filter = DocumentFilter(filters or FilterConfig())
+        self._source_field = source_field
         self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
 
     def __call__(self, batch: LineBatch) -> EncodedBatch:
-        rows: list[tuple[int, tuple[str, ...]]] = []
+        rows: list[_Row] = []
         errors: dict[int, str] = {}
         dropped: dict[str, int] = {}
         num_blank = 0
@@ -81,7 +96,8 @@ class LineEncoder:
                     errors[item.number] = str(error)
                     continue
                 if rule is None:
-                    rows.append((item.number, item.texts))
+                    source = "" if self._source_field is None else source_of(item.fields, self._source_field)
+                    rows.append(_Row(item.number, item.texts, source))
                 else:
                     dropped[rule] = dropped.get(rule, 0) + 1
         columns = self._encode_rows(rows, errors)
@@ -96,43 +112,49 @@ class LineEncoder:
             dropped=dropped,
         )
 
-    def _encode_rows(
-        self, rows: Sequence[tuple[int, tuple[str, ...]]], errors: dict[int, str]
-    ) -> tuple[EncodedColumn, ...]:
+    def _encode_rows(self, rows: Sequence[_Row], errors: dict[int, str]) -> tuple[EncodedColumn, ...]:
         try:
-            return self._encode_columns([texts for _, texts in rows])
+            return self._encode_columns(rows)
         except DataError:
             # A text that the tokenizer refuses: find its line.
             good = []
-            for number, texts in rows:
+            for row in rows:
                 try:
-                    self._encode_columns([texts])
-                    good.append(texts)
+                    self._encode_columns([row])
+                    good.append(row)
                 except DataError as error:
-                    errors[number] = str(error)
+                    errors[row.number] = str(error)
             return self._encode_columns(good)
 
-    def _encode_columns(self, rows: Sequence[tuple[str, ...]]) -> tuple[EncodedColumn, ...]:
-        return tuple(self._encode([row[i] for row in rows]) for i in range(len(self._keys)))
+    def _encode_columns(self, rows: Sequence[_Row]) -> tuple[EncodedColumn, ...]:
+        sources = [row.source for row in rows]
+        return tuple(self._encode([row.texts[i] for row in rows], sources) for i in range(len(self._keys)))
 
-    def _encode(self, texts: Sequence[str]) -> EncodedColumn:
-        encoded = [tokens for tokens in self._tokenizer.encode_batch(texts) if len(tokens)]
-        eod = np.array([self._tokenizer.eod_id] if self._append_eod else [], dtype=self._dtype)
-        parts = [part for tokens in encoded for part in (tokens.astype(self._dtype, copy=False), eod)]
-        lengths = np.array([len(tokens) + len(eod) for tokens in encoded], dtype=np.int32)
-        stream = np.concatenate(parts) if parts else np.zeros(0, self._dtype)
-        return EncodedColumn(stream.tobytes(), lengths, len(texts) - len(encoded))
+    def _encode(self, texts: Sequence[str], sources: Sequence[str]) -> EncodedColumn:
+        tokens, lengths = self._tokenizer.encode_packed(texts)
+        kept = lengths[lengths > 0]
+        after = (self._tokenizer.eod_id,) if self._append_eod else ()
+        stream, kept = joined(tokens.astype(self._dtype, copy=False), kept, (), after)
+        found = None
+        if self._source_field is not None:
+            found = coded(source for source, length in zip(sources, lengths.tolist(), strict=True) if length)
+        return EncodedColumn(stream.tobytes(), kept.astype(np.int32), len(texts) - len(kept), found)
 
 
-def _num_bytes(batch: LineBatch, rows: Sequence[tuple[int, tuple[str, ...]]]) -> int:
+def _num_bytes(batch: LineBatch, rows: Sequence[_Row]) -> int:
     """Bytes of input: of the lines, or of a table's kept texts."""
     if batch.lines:
         return sum(map(len, batch.lines)) + len(batch.lines)
-    return sum(len(text.encode()) for _, texts in rows for text in texts)
+    return sum(len(text.encode()) for row in rows for text in row.texts)
 
 
-def die_with_parent(parent: int) -> None:
-    """End this worker when its parent is killed: a worker left behind would write on beside a repeated run."""
+def enter_worker(parent: int) -> None:
+    """Tie this worker to its parent, and to one core.
+
+    A worker left behind by a killed parent would write on beside a repeated run. Workers are counted to fit the cores:
+    a library that starts threads of its own would have them fight.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

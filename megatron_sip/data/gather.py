@@ -157,6 +157,7 @@ def gather(
     A document's split follows from the file it begins in, and a paragraph is kept only where it comes first, so that
     splits share neither documents nor paragraphs. The same packages give the same files, byte for byte.
     """
+    output_dir.mkdir(parents=True, exist_ok=True)  # first: gathering takes a while
     sources = find_sources(packages)
     report = GatherReport()
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
@@ -196,7 +197,6 @@ def _distribution(package: str, owners: Mapping[str, Sequence[str]]) -> SourceCo
 
 
 def _write(output_dir: Path, documents: Sequence[_Piece], shares: Mapping[str, float], report: GatherReport) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[tuple[str, str]]] = {name: [] for name in shares}
     numbers: dict[str, int] = {}
     for piece in documents:

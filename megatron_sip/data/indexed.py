@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sip.data.sources import SourceColumn, Sources, sources_path
 from megatron_sip.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -78,6 +79,13 @@ def read_meta(prefix: str) -> CorpusMeta | None:
     return meta
 
 
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """What to say of an output that cannot be made."""
+    return DataError(
+        f"{path} cannot be written ({error.strerror}): choose another place, or get the right to write there"
+    )
+
+
 class IndexedWriter:
     """Writes a corpus under temporary names and gives it its own at ``close``: a corpus is whole or is not there.
 
@@ -93,17 +101,28 @@ class IndexedWriter:
         self.num_tokens = 0
         self._bin_partial = Path(f"{prefix}.bin{_PARTIAL}")
         self._partials = [self._bin_partial, Path(f"{prefix}.idx{_PARTIAL}"), Path(f"{prefix}.meta.json{_PARTIAL}")]
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self._bin_partial, "wb")  # noqa: SIM115  (closed by close or discard)
+        self._sources: SourceColumn | None = None
+        self._sources_partial = Path(f"{sources_path(prefix)}{_PARTIAL}")
+        try:
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = open(self._bin_partial, "wb")  # noqa: SIM115  (closed by close or discard)
+        except OSError as error:
+            raise cannot_write(self._bin_partial, error) from None
 
-    def add_documents(self, tokens: bytes, lengths: NDArray[np.int32]) -> None:
+    def add_documents(self, tokens: bytes, lengths: NDArray[np.int32], sources: Sources | None = None) -> None:
         """Append documents given as the bytes of their tokens (of ``self.dtype``) and their lengths in tokens.
 
-        Raises ``DataError`` if the disk is full.
+        ``sources``: where each is from; for all documents of a corpus or for none. Raises ``DataError`` if the disk
+        is full.
         """
         num_tokens = int(lengths.sum(dtype=np.int64))
         if len(tokens) != num_tokens * self.dtype.itemsize:
             raise ValueError(f"{len(tokens)} bytes given for {num_tokens} tokens of {self.dtype}")
+        if sources is not None:
+            if len(sources.codes) != len(lengths):
+                raise ValueError(f"{len(sources.codes)} sources given for {len(lengths)} documents")
+            self._sources = self._sources or SourceColumn()
+            self._sources.add(sources)
         self._guarded(lambda: self._bin.write(tokens))
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
         self.num_documents += len(lengths)
@@ -121,8 +140,15 @@ class IndexedWriter:
         self._guarded(lambda: self._write_index(idx_partial))
         text = json.dumps(asdict(meta), indent=1) + "\n"
         self._guarded(lambda: _write_synced(meta_partial, text.encode()))
+        content = None if self._sources is None else self._sources.as_bytes()
+        if content is not None:
+            self._guarded(lambda: _write_synced(self._sources_partial, content))
         # An older corpus of this name must not meet the new .bin.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        if content is None:
+            sources_path(self.prefix).unlink(missing_ok=True)
+        else:
+            os.replace(self._sources_partial, sources_path(self.prefix))
         os.replace(bin_partial, f"{self.prefix}.bin")
         os.replace(meta_partial, meta_path(self.prefix))
         os.replace(idx_partial, f"{self.prefix}.idx")
@@ -133,7 +159,7 @@ class IndexedWriter:
         # On a full disk closing fails too: it writes what is still buffered, which nobody wants any more.
         with suppress(OSError):
             self._bin.close()
-        for path in self._partials:
+        for path in (*self._partials, self._sources_partial):
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedWriter:

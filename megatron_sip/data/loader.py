@@ -32,6 +32,10 @@ class SampleLoader:
         """The one count of the log: the sum over streams."""
         return sum(self._consumed.values())
 
+    def epoch_length(self, stream: str) -> int:
+        """Samples of one pass through a stream."""
+        return self._streams[stream].epoch_length
+
     def epoch(self, stream: str) -> float:
         """How often a stream has been passed through."""
         return self._consumed[stream] / self._streams[stream].epoch_length
@@ -48,7 +52,10 @@ class SampleLoader:
 
     def peek(self, stream: str, global_count: int, dp_rank: int = 0, dp_size: int = 1) -> list[Any]:
         """What ``take`` would return, without consuming it."""
-        first = self._consumed[stream]
+        return self.at(stream, self._consumed[stream], global_count, dp_rank, dp_size)
+
+    def at(self, stream: str, first: int, global_count: int, dp_rank: int = 0, dp_size: int = 1) -> list[Any]:
+        """This rank's part of ``global_count`` samples from position ``first`` on, consumed before or not."""
         begin = global_count * dp_rank // dp_size
         end = global_count * (dp_rank + 1) // dp_size
         source = self._streams[stream]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from megatron_sip.data.encode import EncodedBatch, LineEncoder, die_with_parent
+from megatron_sip.data.encode import EncodedBatch, LineEncoder, enter_worker
 from megatron_sip.data.filters import FilterConfig
 from megatron_sip.data.indexed import CorpusMeta, IndexedWriter
 from megatron_sip.data.jsonl import LineBatch
@@ -44,6 +44,8 @@ class PreprocessConfig:
     log_interval: int = 10_000
     read: ReadConfig = field(default_factory=ReadConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
+    source_field: str | None = None
+    """Field (dotted path) with a document's source, such as ``meta.redpajama_set_name``: kept for the data card."""
 
     def validate(self) -> None:
         """Raise ``ConfigurationError`` for options that cannot work."""
@@ -66,13 +68,16 @@ class PreprocessConfig:
 
     def encoder(self, tokenizer: Tokenizer) -> LineEncoder:
         """What turns this configuration's lines into tokens."""
-        return LineEncoder(tokenizer, self.json_keys, self.append_eod, self.reading, self.filters)
+        return LineEncoder(tokenizer, self.json_keys, self.append_eod, self.reading, self.filters, self.source_field)
 
     @property
     def reading(self) -> ReadConfig:
         """``read`` with the columns that the fields and the filter need."""
         fields = self.filters.fields
-        return replace(self.read, columns=() if fields is None else (*self.json_keys, *fields))
+        if fields is None:
+            return replace(self.read, columns=())
+        source = () if self.source_field is None else (self.source_field,)
+        return replace(self.read, columns=(*self.json_keys, *fields, *source))
 
 
 _worker_encoder: LineEncoder | None = None
@@ -81,7 +86,7 @@ _worker_encoder: LineEncoder | None = None
 def _start_worker(config: PreprocessConfig, parent: int) -> None:
     # The one global: a pool can hand its workers nothing else that lives as long as they do.
     global _worker_encoder
-    die_with_parent(parent)
+    enter_worker(parent)
     _worker_encoder = config.encoder(build_tokenizer(config.tokenizer))
 
 
@@ -133,7 +138,7 @@ def preprocess(config: PreprocessConfig, log: Callable[[str], None] = print) -> 
         for batch in _encoded_batches(config, tokenizer, paths):
             report.count(batch, config.on_error, config.json_keys)
             for writer, column in zip(writers, batch.columns, strict=True):
-                writer.add_documents(column.tokens, column.lengths)
+                writer.add_documents(column.tokens, column.lengths, column.sources)
             progress.show(report, sum(writer.num_tokens for writer in writers), batch.num_bytes_read)
         for key, writer in zip(config.json_keys, writers, strict=True):
             if not writer.num_documents:

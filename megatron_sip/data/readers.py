@@ -179,6 +179,8 @@ def _read_parquet(path: Path, config: ReadConfig) -> Iterator[LineBatch]:
         with library.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             wanted = [name for name in dict.fromkeys(map(_top_level(names), config.columns)) if name in names]
+            # Of a file without any of them the rows are read all the same, so that each is counted as broken.
+            wanted = wanted or names[:1]
             total = max(table.metadata.num_rows, 1)
             for part in table.iter_batches(_ROWS_PER_BATCH, columns=wanted if config.columns else None):
                 rows = _rows(part, library)

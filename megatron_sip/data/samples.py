@@ -75,8 +75,9 @@ class SuffixDataset:
     """Prefix and suffix from one document (paper, section 2.1).
 
     ``chunk``: every document is cut into chunks of ``suffix_length`` tokens, and each chunk that has enough before it
-    is a suffix once per epoch. ``random``: one cut per document and epoch, uniform over its allowed places. The prefix
-    is what precedes the suffix in the document, its last ``max_prefix_length`` tokens if it is longer.
+    is a suffix once per epoch. ``random``: one cut per document and epoch, uniform over its allowed places. ``last``:
+    the document's last ``suffix_length`` tokens, for documents that were cut before. The
+    prefix is what precedes the suffix in the document, its last ``max_prefix_length`` tokens if it is longer.
 
     Raises ``DataError`` if no document is long enough.
     """
@@ -99,12 +100,15 @@ class SuffixDataset:
         self._min_prefix = min_prefix_length
         self._min_suffix = min_suffix_length or suffix_length
         self._random = cut == "random"
+        self._last = cut == "last"
         self._seed = seed
         self._first_document = first_document
         self._first_chunk = max(1, -(-min_prefix_length // suffix_length))
         lengths = np.concatenate([corpus.document_lengths for corpus in self._corpora])
         self._bounds = np.cumsum([0] + [corpus.num_documents for corpus in self._corpora])
-        if self._random:
+        if self._last:
+            per_document = (lengths >= min_prefix_length + suffix_length).astype(np.int64)
+        elif self._random:
             per_document = (lengths >= min_prefix_length + self._min_suffix).astype(np.int64)
         else:
             per_document = (lengths - self._min_suffix) // suffix_length - self._first_chunk + 1
@@ -112,11 +116,16 @@ class SuffixDataset:
         if not self._ends[-1]:
             self._raise_too_short(lengths)
         self.identity = _identity(
-            self._corpora, suffix_length, max_prefix_length, min_prefix_length, self._min_suffix, int(self._random)
+            self._corpora,
+            suffix_length,
+            max_prefix_length,
+            min_prefix_length,
+            self._min_suffix,
+            int(self._random) + 2 * int(self._last),
         )
 
     def _raise_too_short(self, lengths: np.ndarray) -> None:
-        first = self._min_prefix if self._random else self._first_chunk * self._suffix_length
+        first = self._min_prefix if self._random or self._last else self._first_chunk * self._suffix_length
         names = ", ".join(corpus.prefix for corpus in self._corpora)
         raise DataError(
             f"{names}: no document is long enough for a sample: a prefix of {first} and a suffix of {self._min_suffix} "
@@ -134,7 +143,9 @@ class SuffixDataset:
         number = int(np.searchsorted(self._bounds, document, side="right")) - 1
         corpus, local = self._corpora[number], document - int(self._bounds[number])
         length = corpus.document_length(local)
-        if self._random:
+        if self._last:
+            cut = length - self._suffix_length
+        elif self._random:
             cut = draw(self._min_prefix, length - self._min_suffix, self._seed, epoch, document)
         else:
             before = int(self._ends[document - 1]) if document else 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sip.data.encode import LineEncoder, die_with_parent
+from megatron_sip.data.encode import LineEncoder, enter_worker
 from megatron_sip.data.indexed import CorpusMeta, IndexedWriter, open_indexed, read_meta
 from megatron_sip.data.preprocess import PreprocessConfig, nothing_found
 from megatron_sip.data.progress import PreprocessReport, Progress
@@ -27,6 +27,7 @@ from megatron_sip.data.shards import (
     write_manifest,
     write_shard,
 )
+from megatron_sip.data.sources import Sources, read_sources
 from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 
@@ -81,7 +82,7 @@ _worker: _Worker | None = None
 def _start_worker(config: PreprocessConfig, plan: ShardPlan, counters: SynchronizedArray[int], parent: int) -> None:
     # The one global: a pool can hand its workers nothing else that lives as long as they do.
     global _worker
-    die_with_parent(parent)
+    enter_worker(parent)
     tokenizer = build_tokenizer(config.tokenizer)
     _worker = _Worker(config, plan, tokenizer, config.encoder(tokenizer), counters)
 
@@ -225,10 +226,12 @@ def _merge(prefixes: Sequence[str], output: str, tokenizer: Tokenizer, total: Pr
 
 def _append(writer: IndexedWriter, prefix: str, tokenizer: Tokenizer) -> None:
     lengths = open_indexed(prefix, tokenizer.vocab_size, tokenizer.fingerprint).document_lengths.astype(np.int32)
+    sources = read_sources(prefix, len(lengths))
     with open(f"{prefix}.bin", "rb") as stream:
         start = 0
         while start < len(lengths):
             sizes = np.cumsum(lengths[start : start + _MERGE_DOCUMENTS], dtype=np.int64) * writer.dtype.itemsize
             count = max(1, int(np.searchsorted(sizes, _MERGE_BYTES, side="right")))
-            writer.add_documents(stream.read(int(sizes[count - 1])), lengths[start : start + count])
+            part = None if sources is None else Sources(sources.names, sources.codes[start : start + count])
+            writer.add_documents(stream.read(int(sizes[count - 1])), lengths[start : start + count], part)
             start += count

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.data.encode import EncodedBatch, LineEncoder
-from megatron_sip.data.indexed import IndexedWriter
+from megatron_sip.data.indexed import IndexedWriter, cannot_write
 from megatron_sip.data.preprocess import PreprocessConfig, corpus_meta
 from megatron_sip.data.progress import PreprocessReport
 from megatron_sip.data.readers import expand_inputs, read_file
@@ -34,7 +34,7 @@ from megatron_sip.tokenizer import Tokenizer
 NUM_COUNTERS = 6
 """Shared by the workers for the progress line: lines, documents, errors, bytes of text, tokens, bytes read."""
 _LOCK_WAIT_S = 30.0
-_SUFFIXES = (".bin", ".idx", ".meta.json")
+_SUFFIXES = (".bin", ".idx", ".meta.json", ".sources")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,13 @@ def make_plan(config: PreprocessConfig, folder: Path, tokenizer: Tokenizer) -> S
         "filters": asdict(config.filters),
         "excluded": None if excluded is None else hashlib.sha256(Path(excluded).read_bytes()).hexdigest(),
     }
+    if config.source_field is not None:
+        options["source_field"] = config.source_field
     plan = ShardPlan(folder, shards, options)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     wanted = json.loads(json.dumps(plan.as_json()))
     path = folder / "plan.json"
     if not path.exists():
@@ -110,8 +115,8 @@ def _differences(found: Any, wanted: dict[str, Any]) -> str:
         return "options (damaged file)"
     names = [
         f"{name} {found['options'].get(name)!r}"
-        for name, v in wanted["options"].items()
-        if v != found["options"].get(name)
+        for name in sorted(wanted["options"] | found["options"])
+        if wanted["options"].get(name) != found["options"].get(name)
     ]
     if found.get("shards") != wanted["shards"]:
         names.append(f"inputs ({len(found.get('shards') or ())} files, now {len(wanted['shards'])}, or other sizes)")
@@ -122,12 +127,15 @@ def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
     # Several nodes may write the plan or the manifest at once, the same bytes each.
     partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def read_json(path: Path) -> Any:
@@ -204,7 +212,7 @@ def write_shard(
             for batch in map(encoder, read_file(shard.source, config.reading)):
                 report.count(batch, config.on_error, config.json_keys)
                 for writer, column in zip(writers.values(), batch.columns, strict=True):
-                    writer.add_documents(column.tokens, column.lengths)
+                    writer.add_documents(column.tokens, column.lengths, column.sources)
                 if counters is not None:
                     _advance(counters, batch, batch.num_bytes_read - num_bytes_before)
                 num_bytes_before = batch.num_bytes_read

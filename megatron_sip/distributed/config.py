@@ -14,8 +14,18 @@ _LONGEST_TIMEOUT = 7 * 24 * 60
 class ParallelConfig:
     """Sizes of the model-parallel groups; what is left of the world is data parallel."""
 
-    tensor_model_parallel_size: int = option(1, help="Ranks that share each layer's matrices (TP).", metavar="TP")
-    pipeline_model_parallel_size: int = option(1, help="Ranks that share the stack of layers (PP).", metavar="PP")
+    tensor_model_parallel_size: int = option(
+        1,
+        help="Ranks that share each layer's matrices (TP).",
+        metavar="TP",
+        also_called=("tp", "tp_size", "tensor_parallel_size"),
+    )
+    pipeline_model_parallel_size: int = option(
+        1,
+        help="Ranks that share the stack of layers (PP).",
+        metavar="PP",
+        also_called=("pp", "pp_size", "pipeline_parallel_size"),
+    )
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, help="Layers of one virtual stage: switches the interleaved pipeline schedule on (needs PP > 1)."
     )

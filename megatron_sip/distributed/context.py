@@ -7,7 +7,7 @@ wait for the device nor touch its memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -114,11 +114,15 @@ class ParallelContext:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any rank of the job."""
+        return self.any_rank_each([flag])[0]
+
+    def any_rank_each(self, flags: Sequence[bool]) -> list[bool]:
+        """The same of several flags at once."""
         if self.world_size == 1:
-            return flag
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.host.world)
-        return bool(flags.item())
+            return list(flags)
+        found = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host.world)
+        return [bool(flag) for flag in found.tolist()]
 
     def barrier(self) -> None:
         """Waits for all ranks of the job."""

@@ -15,11 +15,13 @@ WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 class EngineConfig:
     """How a gradient becomes a step. An iteration here is an optimizer step that was not skipped."""
 
-    lr: float = option(5e-4, help="Learning rate after the warm-up.")
-    min_lr: float = option(0.0, help="Learning rate that the decay ends at.")
+    lr: float = option(5e-4, help="Learning rate after the warm-up.", also_called=("learning_rate",))
+    min_lr: float = option(0.0, help="Learning rate that the decay ends at.", also_called=("min_learning_rate",))
     lr_decay_style: str = option("linear", choices=LR_DECAY_STYLES, help="Course of the learning rate.")
     lr_decay_iters: int | None = option(None, help="Iterations until --min-lr is reached (default: --train-iters).")
-    lr_warmup_iters: int = option(0, help="Iterations of linear warm-up.")
+    lr_warmup_iters: int = option(
+        0, help="Iterations of linear warm-up.", also_called=("warmup_steps", "num_warmup_steps")
+    )
     lr_warmup_init: float = option(0.0, help="Learning rate that the warm-up starts at.")
     lr_wsd_decay_style: str = option("exponential", choices=WSD_DECAY_STYLES, help="Decay at the end of WSD.")
     lr_wsd_decay_iters: int | None = option(None, help="Iterations of that decay (needed with WSD).")
@@ -28,7 +30,11 @@ class EngineConfig:
     adam_beta1: float = option(0.9, help="Adam's decay of the first moment.")
     adam_beta2: float = option(0.999, help="Adam's decay of the second moment.")
     adam_eps: float = option(1e-8, help="Adam's epsilon.")
-    clip_grad: float = option(1.0, help="Global gradient norm that is clipped to; 0 is off.")
+    clip_grad: float = option(
+        1.0,
+        help="Global gradient norm that is clipped to; 0 is off.",
+        also_called=("max_grad_norm", "grad_clip", "gradient_clip"),
+    )
     accumulate_allreduce_grads_in_fp32: bool = option(
         True, help="Accumulate and reduce the gradients of a bf16 model in fp32."
     )

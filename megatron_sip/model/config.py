@@ -20,7 +20,9 @@ _POSITIVE = _OVERRIDES[:9]
 class ModelConfig:
     """The policy. What is left empty is taken from the preset; ``resolve()`` gives the numbers that hold."""
 
-    preset: str = option("tiny", help="Architecture to start from.", choices=tuple(PRESETS))
+    preset: str = option(
+        "tiny", help="Architecture to start from.", choices=tuple(PRESETS), also_called=("model", "model_size")
+    )
     num_layers: int | None = option(None, help="Transformer layers [preset].")
     hidden_size: int | None = option(None, help="Width of the residual stream [preset].")
     num_attention_heads: int | None = option(None, help="Query heads [preset].")

@@ -63,7 +63,9 @@ class ObjectiveConfig(ReferenceOptions):
         help="loss of the judged candidates: online_dpo (best against worst) or rf_nll (NLL on the best)",
     )
     dpo_beta: float = option(
-        0.1, help="how strongly DPO holds the policy to the reference (ours: the paper gives none)"
+        0.1,
+        help="how strongly DPO holds the policy to the reference (ours: the paper gives none)",
+        also_called=("beta",),
     )
     dpo_label_smoothing: float = option(0.0, help="share of preferences taken to be wrong, in [0, 0.5)")
     dpo_nll_weight: float = option(0.0, help="weight of an added NLL on the chosen candidate, per token of it")

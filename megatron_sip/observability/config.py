@@ -13,9 +13,16 @@ class ObservabilityConfig:
     """Where a run writes what it did, how often, and when it warns about its policy."""
 
     run_dir: str | None = option(
-        None, help="Folder for metrics.jsonl, samples.jsonl, run.json and report.html; without it none is written."
+        None,
+        help="Folder of the run: metrics.jsonl, samples.jsonl, run.json and report.html, and unless told otherwise "
+        "checkpoints/ and tensorboard/; without it none is written.",
+        metavar="DIR",
     )
-    tensorboard_dir: str | None = option(None, help="Folder for TensorBoard event files; without it none is written.")
+    tensorboard_dir: str | None = option(
+        None,
+        help="Folder for TensorBoard event files (default: tensorboard/ in --run-dir; none: none are written).",
+        metavar="DIR",
+    )
     log_interval: int = option(10, help="Steps between two lines on the console; metrics are logged every step.")
     log_samples: int = option(2, help="Judged prefixes recorded with all their candidates at each recorded step.")
     log_samples_interval: int = option(10, help="Steps between two steps whose samples are recorded.")

@@ -19,6 +19,8 @@ _SIP_FIELDS = {
     "rewards/margins": "reward margin",
     "rewards/accuracies": "reward accuracy",
     "sip/pairs_skipped": "pairs skipped",
+    "reward/mean": "reward",
+    "grpo/skipped_no_spread": "groups without spread",
     "rollout/length": "rollout length",
     "judge/exposed_wait_s": "judge wait (s)",
     "tokens_per_s": "tokens/s",

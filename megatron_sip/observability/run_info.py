@@ -28,12 +28,25 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def write_run_info(run_dir: str, config: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> None:
-    """Write ``run.json`` in one move. ``config`` is the whole configuration as nested dictionaries; ``extra`` are
-    facts that the report shows beside it: number of parameters, of ranks, the device."""
+def write_run_info(
+    run_dir: str,
+    config: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    chance: Mapping[str, float] | None = None,
+) -> None:
+    """Write ``run.json`` in one move.
+
+    ``config`` is the whole configuration as nested dictionaries; ``extra`` are facts that the report shows beside it
+    (number of parameters, of ranks, the device); ``chance``: kind of candidate -> its chosen rate if nothing mattered.
+    """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"versions": package_versions(), "facts": dict(extra or {}), "config": dict(config)}
+    content = {
+        "versions": package_versions(),
+        "facts": dict(extra or {}),
+        "chance": dict(chance or {}),
+        "config": dict(config),
+    }
     temporary = folder / (RUN_FILE + ".tmp")
     with naming(temporary):
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -74,8 +74,12 @@ def group_rows(
     shape: RowShape,
     advantages: Sequence[FloatArray] | None = None,
     weights: Sequence[float] | None = None,
+    num_micro_batches: int | None = None,
 ) -> tuple[RowBatch, ...]:
-    """Rows of all candidates (C = K) for GRPO; every group has the same number of them."""
+    """Rows of all candidates (C = K) for GRPO; every group has the same number of them.
+
+    ``num_micro_batches``: as for ``build_rows``.
+    """
     num_candidates = len(groups[0].candidates)
     rows = []
     for index, group in enumerate(groups):
@@ -88,7 +92,7 @@ def group_rows(
                 advantages=None if advantages is None else advantages[index],
             )
         )
-    return build_rows(rows, shape, num_candidates)
+    return build_rows(rows, shape, num_candidates, num_micro_batches)
 
 
 def build_rows(

@@ -50,6 +50,12 @@ class CandidatePool:
             + (CandidateKind.ROLLOUT,) * self.num_rollouts
         )
 
+    @property
+    def chance(self) -> dict[str, float]:
+        """Kind -> how often one that is drawn blindly from a full group is of it: what a chosen rate compares with."""
+        kinds = self.kinds
+        return {kind.value: kinds.count(kind) / len(kinds) for kind in dict.fromkeys(kinds)}
+
     def __str__(self) -> str:
         parts = ["suffix"] * self.suffix + ["rewrite"] * self.rewrite
         return ",".join([*parts, f"rollout:{self.num_rollouts}"] if self.num_rollouts else parts)

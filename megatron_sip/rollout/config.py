@@ -17,12 +17,19 @@ class RolloutConfig:
     candidates: str = option(
         "suffix,rollout:4",
         help="Candidates of each judged prefix: any of suffix, rewrite and rollout:K, separated by commas.",
+        also_called=("num_rollouts", "num_generations"),
     )
-    rollout_temperature: float = option(1.0, help="Sampling temperature of rollouts; 0 decodes greedily.")
+    rollout_temperature: float = option(
+        1.0, help="Sampling temperature of rollouts; 0 decodes greedily.", also_called=("temperature",)
+    )
     rollout_top_p: float = option(
-        1.0, help="Sample from the smallest set of tokens with at least this share of the probability; 1 = from all."
+        1.0,
+        help="Sample from the smallest set of tokens with at least this share of the probability; 1 = from all.",
+        also_called=("top_p",),
     )
-    rollout_top_k: int = option(0, help="Sample from this many most likely tokens; 0 = from all.")
+    rollout_top_k: int = option(
+        0, help="Sample from this many most likely tokens; 0 = from all.", also_called=("top_k",)
+    )
     rollout_max_new_tokens: int | None = option(
         None, help="Longest rollout, in tokens; by default the length of a suffix."
     )

@@ -20,9 +20,14 @@ class PanelOptions:
     teacher: str = option(
         "embedded",
         help="embedded: n-gram judge, word-list safety judge, word-overlap factuality judge, rewriter of rules; "
-        "http: models behind judge-endpoints",
-        choices=("embedded", "http"),
+        "http: models behind judge-endpoints; model: a checkpoint of tools/train_judge.py, in process on the CPU",
+        choices=("embedded", "http", "model"),
     )
+    judge_checkpoint: str = option("", help="what --save was of the judge of --teacher model", metavar="DIR")
+    rewriter_checkpoint: str = option("", help="the same of the rewriter of --rewriter model", metavar="DIR")
+    judge_tokenizer_type: str = option("", help="type of the tokenizer of these models [the run's]")
+    judge_tokenizer_model: str = option("", help="tokenizer of these models [the run's]")
+    judge_prompt_length: int = option(3584, help="tokens of a prompt of these models; longer prefixes are cut")
     judge_model: str = option("", help="n-gram model of the embedded quality judge (tools/fit_judge.py)", metavar="NPZ")
     judge_quality_weight: float = option(1.0, help="weight of quality in a candidate's score; 0: not asked")
     judge_safety_weight: float = option(0.0, help="weight of safety; 0: not asked")
@@ -38,7 +43,9 @@ class PanelOptions:
         help="changes to it: unigram_discount, token_cap, repetition, cache, copying, shortness, overuse",
         metavar="NAME=X",
     )
-    safety_words: str = option("", help="word list of the safety judge and the rewriter, one a line [a built-in list]")
+    safety_words: str = option(
+        "", help="word list of the safety judge and the rewriter, one a line [a built-in list]", metavar="FILE"
+    )
     pair_schedule: str = option(
         "all",
         help="pairs of candidates to compare: all n(n-1)/2, pivot (n-1), circular (n), or best_worst: a search for "
@@ -59,12 +66,13 @@ class PanelOptions:
     judge_votes: int = option(1, help="votes per question")
     rewriter: str = option(
         "auto",
-        help="rule: plain tidying rules; copy: the suffix as it is; http: a model; auto: http as the teacher, or rule",
-        choices=("auto", "rule", "copy", "http"),
+        help="rule: plain tidying rules; copy: the suffix as it is; http: a model behind an endpoint; model: a "
+        "checkpoint; auto: a checkpoint if there is one, else http as the teacher, or rule",
+        choices=("auto", "rule", "copy", "http", "model"),
     )
     judge_ledger: str = option(
-        "", help="SQLite files DIR/NAME.rREPLICA.NUMBER.sqlite that keep all verdicts and answer repeated questions "
-        "[none]", metavar="DIR/NAME.sqlite",
+        "", help="SQLite files DIR/NAME.rREPLICA.NUMBER.sqlite, on a local disk, that keep all verdicts and answer "
+        "repeated questions [none]", metavar="DIR/NAME.sqlite",
     )  # fmt: skip
     ledger_raw: str = option(
         "all", help="whose words are kept with the scores, which always are: all samples', a share's, or none",
@@ -76,7 +84,7 @@ class PanelOptions:
         "", help="ledger of a run to repeat: verdicts and rewrites come from it and nobody is asked; --judge-ledger is "
         "then not written [ask]", metavar="DIR/NAME.sqlite",
     )  # fmt: skip
-    judge_timeout_s: float = option(600.0, help="seconds to wait for the verdicts of a batch before the run stops")
+    judge_timeout_s: float = option(600.0, help="seconds to wait for the verdicts of a batch before training pauses")
     judge_queue: int = option(64, help="batches that the teacher process holds at most; more wait before they are sent")
 
 
@@ -101,10 +109,25 @@ class TeacherConfig(HttpOptions, PanelOptions):
 
     @property
     def rewriter_kind(self) -> str:
-        """``rule``, ``copy`` or ``http``."""
+        """``rule``, ``copy``, ``http`` or ``model``."""
         if self.rewriter != "auto":
             return self.rewriter
+        if self.rewriter_checkpoint:
+            return "model"
         return "http" if self.teacher == "http" else "rule"
+
+    def uses_models(self, judging: bool = True, rewriting: bool = True) -> bool:
+        """Whether the teacher's process holds models of ours."""
+        return (judging and self.teacher == "model") or (rewriting and self.rewriter_kind == "model")
+
+    def missing_models(self, judging: bool = True, rewriting: bool = True) -> list[str]:
+        """What these models lack, one line each."""
+        missing = []
+        if judging and self.teacher == "model" and not self.judge_checkpoint:
+            missing.append("--judge-checkpoint: none; give what --save was of tools/train_judge.py")
+        if rewriting and self.rewriter_kind == "model" and not self.rewriter_checkpoint:
+            missing.append("--rewriter-checkpoint: none; give what --save was of tools/train_rewriter.py")
+        return missing
 
     @property
     def quality_recipe(self) -> QualityRecipe:
@@ -112,7 +135,7 @@ class TeacherConfig(HttpOptions, PanelOptions):
 
     def votes_of(self, criterion: str) -> int:
         """Votes per question of a criterion."""
-        if self.teacher != "http":
+        if self.teacher == "embedded":
             return self.judge_votes
         return self.role_settings(criterion, self.judge_votes).votes
 
@@ -137,6 +160,13 @@ class TeacherConfig(HttpOptions, PanelOptions):
                 f"judge-coherence-weight is {self.judge_coherence_weight}, but the {self.teacher} teacher has none "
                 "of it: give --teacher http, or weight 0"
             )
+        if self.judge_factuality_weight and self.teacher == "model":
+            raise ConfigurationError(
+                f"judge-factuality-weight is {self.judge_factuality_weight}, but --teacher model judges quality and "
+                "safety alone: give weight 0, or --teacher http"
+            )
+        if self.judge_prompt_length < 1:
+            raise ConfigurationError(f"judge-prompt-length is {self.judge_prompt_length}: give at least 1 token")
         if self.pair_budget < 0:
             raise ConfigurationError(
                 f"pair-budget is {self.pair_budget}: give a number of comparisons, 0 for the default"

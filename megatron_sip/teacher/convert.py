@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_sip.teacher.interfaces import (
+    GroupVerdict,
     IntArray,
     JudgeGroup,
     JudgeRequest,
-    JudgeResult,
     Passage,
     RewriteItem,
     RewriteRequest,
@@ -46,8 +46,8 @@ def _continuation(prefix: IntArray, tokens: IntArray, tokenizer: Tokenizer) -> P
     return Passage(tokens, tokenizer.decode_continuation(prefix, tokens))
 
 
-def judgments(result: JudgeResult) -> list[Judgment]:
-    """One per group, in the order of the request."""
+def judgments(verdicts: Sequence[GroupVerdict]) -> list[Judgment]:
+    """The panel's verdicts in the run's types, in their order."""
     return [
         Judgment(
             scores=group.scores,
@@ -56,7 +56,7 @@ def judgments(result: JudgeResult) -> list[Judgment]:
             num_failures=group.num_failures,
             latency_s=group.latency_s,
         )
-        for group in result.groups
+        for group in verdicts
     ]
 
 

@@ -193,6 +193,16 @@ class RecordableRewriter(Rewriter, Protocol):
     def prompt_hash(self, item: RewriteItem) -> str: ...
 
 
+class ModelSource(Protocol):
+    """Judges and a rewriter out of checkpoints of ours."""
+
+    def judge(self, criterion: str) -> Any:
+        """A pairwise judge for "quality", a pointwise one for "safety"."""
+        ...
+
+    def rewriter(self) -> Rewriter: ...
+
+
 class Teacher(Protocol):
     """What a teacher process serves."""
 

@@ -32,7 +32,7 @@ from megatron_sip.teacher.interfaces import (
     Verdict,
 )
 from megatron_sip.teacher.ledger import Context
-from megatron_sip.teacher.schedule import Comparison, make_schedule
+from megatron_sip.teacher.schedule import Comparison, follows_offsets, make_schedule
 from megatron_sip.teacher.sources import Unrecorded, VerdictSource
 
 
@@ -162,14 +162,18 @@ class Panel:
 
     async def _judge_group(self, group: JudgeGroup, tally: _Tally, context: Context) -> GroupVerdict:
         start, counts = time.perf_counter(), _GroupTally(context)
-        scored = await asyncio.gather(*(self._ask_pointwise(judge, group, tally, counts) for judge in self._pointwise))
-        criteria = {judge.criterion: scores for judge, scores in zip(self._pointwise, scored, strict=True)}
         size, weights = len(group.candidates), self._settings.weights
+        none = np.zeros(size)
+        asked = {j.criterion: self._ask_pointwise(j, group, tally, counts) for j in self._pointwise}
         if self._coherence is not None:
-            criteria["coherence"] = await self._ask_pairs(self._coherence, group, np.zeros(size), tally, counts)
-        if self._quality is not None:
-            pointwise = weighted_total(criteria, {c: weights[c] for c in criteria}, size)
-            offsets = pointwise / weights["quality"] if weights["quality"] else np.zeros(size)
+            asked["coherence"] = self._ask_pairs(self._coherence, group, none, tally, counts)
+        if self._quality is not None and not follows_offsets(self._settings.pair_schedule):
+            asked["quality"] = self._ask_pairs(self._quality, group, none, tally, counts)
+        # All at once: their servers differ, or batch them.
+        criteria = dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
+        if self._quality is not None and "quality" not in criteria:
+            others = weighted_total(criteria, {c: weights[c] for c in criteria}, size)
+            offsets = others / weights["quality"] if weights["quality"] else none
             criteria["quality"] = await self._ask_pairs(self._quality, group, offsets, tally, counts)
         total = weighted_total(criteria, {c: weights[c] for c in criteria}, size)
         latency = time.perf_counter() - start

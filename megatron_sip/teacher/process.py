@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,7 +22,6 @@ from megatron_sip.errors import JudgeError, SIPError
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.interfaces import JudgeRequest, JudgeResult, RewriteRequest, RewriteResult
 from megatron_sip.teacher.messages import Answer, Close, Failure, GetState, Ready, SetState, Start, Submit
-from megatron_sip.teacher.statistics import JudgeStatistics
 
 _EMBEDDED = "megatron_sip.teacher.build:build_teacher"
 _CLOSE_S = 5.0
@@ -55,7 +55,6 @@ class TeacherProcess:
         SIPError the factory raises, and JudgeError if the process dies or is not ready in time.
         """
         self._config = config
-        self._statistics = JudgeStatistics()
         self._state_tickets = itertools.count()
         self._changed = threading.Condition()
         self._ready = False
@@ -63,6 +62,8 @@ class TeacherProcess:
         self._failure: SIPError | None = None
         self._pending: set[Hashable] = set()
         self._answers: dict[Hashable, Any] = {}
+        self._submitted_s: dict[Hashable, float] = {}
+        self._answered_s: dict[Hashable, float] = {}
         self._sending = threading.Lock()
         self._process, self._connection = _spawn()
         self._receiver = threading.Thread(target=self._receive, name="teacher-receiver", daemon=True)
@@ -97,6 +98,29 @@ class TeacherProcess:
             self._check_known(ticket)
             return ticket in self._answers or self._failure is not None
 
+    def wait(self, ticket: Hashable, timeout_s: float) -> bool:
+        """``ready``, after waiting for it at most ``timeout_s``."""
+        with self._changed:
+            self._check_known(ticket)
+            return self._changed.wait_for(lambda: ticket in self._answers or self._failure is not None, timeout_s)
+
+    def peek(self, ticket: Hashable) -> JudgeResult | RewriteResult | None:
+        """The answer if it is there, no failure, and not collected yet; the ticket stays to be collected."""
+        with self._changed:
+            answer = self._answers.get(ticket)
+        return answer if isinstance(answer, JudgeResult | RewriteResult) else None
+
+    def duration_s(self, ticket: Hashable) -> float:
+        """Seconds from a ticket's submission to its answer, which has come and is not collected yet."""
+        with self._changed:
+            return self._answered_s[ticket] - self._submitted_s[ticket]
+
+    @property
+    def num_out(self) -> int:
+        """Tickets without an answer."""
+        with self._changed:
+            return len(self._pending)
+
     def collect(self, ticket: Hashable, timeout_s: float | None = None) -> JudgeResult | RewriteResult:
         """Wait for a ticket's answer and hand it over, once.
 
@@ -105,8 +129,6 @@ class TeacherProcess:
         """
         answer = self._collect(ticket, timeout_s)
         assert isinstance(answer, JudgeResult | RewriteResult)
-        if isinstance(answer, JudgeResult):
-            self._statistics.add(answer)
         return answer
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,10 +142,6 @@ class TeacherProcess:
         ticket = _StateTicket(next(self._state_tickets))
         self._request(ticket, SetState(ticket, state))
         self._collect(ticket, None)
-
-    def statistics(self) -> dict[str, float]:
-        """``judge/...`` scalars of this replica since the last call."""
-        return self._statistics.take()
 
     def close(self) -> None:
         """End the process; unanswered requests are lost. May be called twice."""
@@ -154,6 +172,7 @@ class TeacherProcess:
             if ticket in self._pending or ticket in self._answers:
                 raise ValueError(f"ticket {ticket!r} is already out")
             self._pending.add(ticket)
+            self._submitted_s[ticket] = time.perf_counter()
         self._send(message)
 
     def _collect(self, ticket: Hashable, timeout_s: float | None) -> Any:
@@ -167,6 +186,7 @@ class TeacherProcess:
         self._wait(lambda: ticket in self._answers, timeout, message)
         with self._changed:
             answer = self._answers.pop(ticket)
+            del self._submitted_s[ticket], self._answered_s[ticket]
         if isinstance(answer, Failure):
             raise _exception(answer, f"ticket {ticket!r} failed in the teacher process")
         return answer
@@ -214,6 +234,7 @@ class TeacherProcess:
                     self._failure = _exception(message, "the teacher process failed")
                 else:
                     self._pending.discard(message.ticket)
+                    self._answered_s[message.ticket] = time.perf_counter()
                     self._answers[message.ticket] = message.result if isinstance(message, Answer) else message
                 self._changed.notify_all()
         status = self._process.wait()

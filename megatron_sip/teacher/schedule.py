@@ -23,6 +23,11 @@ from megatron_sip.teacher.schedule_search import BestWorst, default_budget
 SCHEDULES = ("all", "pivot", "circular", "best_worst")
 
 
+def follows_offsets(schedule: str) -> bool:
+    """Whether a schedule's pairs depend on what else is known of the candidates, or are fixed from the start."""
+    return schedule == "best_worst"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The outcome of one pair: the mean of its votes."""

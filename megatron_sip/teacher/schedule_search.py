@@ -31,7 +31,7 @@ _ELSEWHERE = 1e-3
 """Worth of a comparison without the best or the worst: only taken when none else is left in the round."""
 _OVER_LIMIT = 1e-9
 _AFTER_MISSING = 0.3
-"""Worth of a comparison per missing verdict on its candidates: one that no judge answers must not use up the budget."""
+"""Worth of a comparison per missing verdict: a candidate that no judge answers must not use up the budget."""
 _NEWTON_STEPS = 8
 _LARGEST_STEP = 3.0
 
@@ -59,7 +59,8 @@ class BestWorst:
         self._asked: IntArray = np.zeros((num_groups, 0, 2), dtype=np.int64)
         self._wins = np.zeros((num_groups, size, size))
         """[p, i, j]: votes for i against j."""
-        self._missing = np.zeros((num_groups, size))
+        self._missing = np.zeros((num_groups, size, size))
+        """[p, i, j]: verdicts on i and j that are missing; symmetric."""
         self._mean = np.zeros((num_groups, size))
         self._covariance = np.broadcast_to(_PRIOR_VARIANCE * np.eye(size), (num_groups, size, size)).copy()
 
@@ -92,9 +93,10 @@ class BestWorst:
         groups = np.arange(len(self._mean))
         for index in range(self._asked.shape[1]):
             first, second = self._asked[:, index, 0], self._asked[:, index, 1]
-            valid = np.isfinite(wins[:, index]) & (first != second)
-            self._missing[groups, first] += ~valid
-            self._missing[groups, second] += ~valid
+            asked = first != second
+            valid = asked & np.isfinite(wins[:, index])
+            self._missing[groups, first, second] += asked & ~valid
+            self._missing[groups, second, first] += asked & ~valid
             share, weight = np.where(valid, wins[:, index], 0.0), np.where(valid, votes[:, index], 0.0)
             self._wins[groups, first, second] += weight * share
             self._wins[groups, second, first] += weight * (1 - share)
@@ -142,7 +144,9 @@ class BestWorst:
         worst = np.where(self._usable, total, np.inf).argmin(axis=1)[:, None]
         at_end = (first == best) | (second == best) | (first == worst) | (second == worst)
         # Rounded, so that what is equal but for the order of additions is equal.
-        answered = _AFTER_MISSING ** (self._missing[:, first] + self._missing[:, second])
+        # Of a pair without an answer only one may be to blame: both are asked about once more, but not together.
+        blame = np.maximum(self._missing.sum(axis=2) - 1, 0)
+        answered = _AFTER_MISSING ** (blame[:, first] + blame[:, second] + self._missing[:, first, second])
         worth = np.round(np.where(at_end, gain, _ELSEWHERE * gain) * answered, 12)
         return np.where(self._usable[:, first] & self._usable[:, second], worth, -1.0)
 

@@ -68,8 +68,10 @@ async def _serve(connection: Connection, teacher: Teacher) -> None:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         elif isinstance(message, GetState | SetState):
-            # The state after all that was submitted before, so that it does not depend on timing.
-            await asyncio.gather(*tasks)
+            # The state after all that was submitted before, so that it does not depend on timing. Without running
+            # statistics there is nothing to wait for: a checkpoint does not wait for a slow judge.
+            if teacher.state_dict():
+                await asyncio.gather(*tasks)
             _handle_state(connection, teacher, message)
         elif isinstance(message, Exception):
             raise message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,12 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"--tokenizer-model {model}: transformers cannot load it ({error})") from error
         if self._tokenizer.eos_token_id is None:
             raise DataError(f"--tokenizer-model {model}: has no eos_token to end documents; set one in its config")
+        # The library beneath, without the wrapper that copies every id several times.
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.encode_special_tokens = True
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self.vocab_size = len(self._tokenizer)
         self.eod_id = int(self._tokenizer.eos_token_id)
         pieces = self._tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
@@ -87,8 +93,44 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
         if not texts:
             return []
-        rows = self._tokenizer(list(texts), split_special_tokens=True, return_attention_mask=False).input_ids
+        if self._backend is not None:
+            rows = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
+        else:
+            rows = self._tokenizer(list(texts), split_special_tokens=True, return_attention_mask=False).input_ids
         return [np.asarray(self._strip(row), dtype=np.int32) for row in rows]
+
+    @property
+    def definition(self) -> str | None:
+        """The text of a ``tokenizer.json``; None for a tokenizer written in Python."""
+        return None if self._backend is None or self._num_closing else self._backend.to_str()
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """By the model's chat template, if it has one: its control tokens come from the template, never from a text."""
+        if not self._tokenizer.chat_template:
+            return super().encode_chat(messages)
+        marks = [f"\u2042{number}\u2042" for number in range(len(messages))]
+        goes_on = messages[-1]["role"] == "assistant"
+        frame: str = self._tokenizer.apply_chat_template(
+            [{"role": message["role"], "content": mark} for message, mark in zip(messages, marks, strict=True)],
+            tokenize=False,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+        )
+        ids: list[int] = []
+        for message, mark in zip(messages, marks, strict=True):
+            before, found, frame = frame.partition(mark)
+            if not found:
+                raise DataError(f"the chat template drops messages of the {message['role']}: leave them out of prompts")
+            ids += self._encode_frame(before)
+            ids += self._tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids + self._encode_frame(frame)
+
+    def _encode_frame(self, text: str) -> list[int]:
+        """Ids of text of the template, in which control tokens are meant."""
+        ids = list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids)
+        if self._backend is not None:
+            self._backend.encode_special_tokens = True  # the wrapper has switched it off, and leaves it so
+        return ids
 
     def decode(self, tokens: Sequence[int] | TokenArray) -> str:
         ids = [int(token) for token in tokens]
@@ -136,7 +178,9 @@ class TikTokenizer(Tokenizer):
         if vocab_size is not None:
             pieces = pieces[: vocab_size - num_special_tokens]
         specials_first = path.suffix == ".json"
-        first_rank = num_special_tokens if specials_first else 0
+        self.pieces = pieces
+        """Bytes of the ids from ``first_rank`` on."""
+        self.first_rank = first_rank = num_special_tokens if specials_first else 0
         first_special = 0 if specials_first else len(pieces)
         self._specials = {token: first_special + i for i, token in enumerate(named)}
         self._encoding = tiktoken.Encoding(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,24 @@ def vocabulary_fingerprint(pieces: Iterable[bytes], eod_id: int) -> str:
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
+def joined(
+    tokens: TokenArray, lengths: NDArray[np.int64], before: Sequence[int], after: Sequence[int]
+) -> tuple[TokenArray, NDArray[np.int64]]:
+    """Packed documents with the ids ``before`` and ``after`` around each of them."""
+    if not before and not after:
+        return tokens, lengths
+    longer = lengths + len(before) + len(after)
+    ends = np.cumsum(longer)
+    result = np.empty(len(tokens) + (len(before) + len(after)) * len(lengths), dtype=tokens.dtype)
+    is_text = np.ones(len(result), dtype=bool)
+    for positions, ids in ((ends - longer, before), (ends - len(after), after)):
+        for number, value in enumerate(ids):
+            result[positions + number] = value
+            is_text[positions + number] = False
+    result[is_text] = tokens
+    return result, longer
+
+
 class Tokenizer(ABC):
     """Text to token ids and back."""
 
@@ -47,6 +65,12 @@ class Tokenizer(ABC):
         """Ids of several documents, each as an integer array, by the library's fastest way."""
         return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
 
+    def encode_packed(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
+        """Ids of several documents one after the other, [tokens], and how many each has, int64 [documents]."""
+        rows = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return (np.concatenate(rows) if rows else np.zeros(0, np.int64)), lengths
+
     @abstractmethod
     def decode(self, tokens: Sequence[int] | TokenArray) -> str:
         """Text of a sequence of ids. Control tokens give no text; broken UTF-8 gives U+FFFD."""
@@ -56,6 +80,14 @@ class Tokenizer(ABC):
         anchor = self.encode(_ANCHOR)
         joined = self.encode(_ANCHOR + text)
         return joined[len(anchor) :] if joined[: len(anchor)] == anchor else self.encode(text)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a prompt of messages (``role``, ``content``), up to where the answer begins.
+
+        A last message of the assistant is what the answer goes on from. Without a chat format the texts stand one below
+        the other.
+        """
+        return self.encode("\n".join(message["content"] for message in messages))
 
     def decode_continuation(
         self, context: Sequence[int] | TokenArray, tokens: Sequence[int] | TokenArray, num_context_tokens: int = 8

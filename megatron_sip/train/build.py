@@ -7,10 +7,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_sip.checkpoint import CheckpointManager, ModelIdentity, StopSignals, StopWatch, identity_of
+from megatron_sip.checkpoint import (
+    CheckpointManager,
+    ModelIdentity,
+    StopDecision,
+    StopSignals,
+    StopWatch,
+    identity_of,
+)
+from megatron_sip.curriculum.config import STREAMS
 from megatron_sip.data.build import NEXT_TOKEN, SUFFIX, build_loader
+from megatron_sip.data.loader import SampleLoader
 from megatron_sip.distributed import ParallelContext, memory_metrics, synchronize
 from megatron_sip.engine.engine import Engine
 from megatron_sip.model import PolicyModel, build_model, count_parameters, training_flops_per_token
@@ -23,11 +33,17 @@ from megatron_sip.teacher import TeacherProcess
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from megatron_sip.train.checks import check_layout, reference_policy, trains_on, uses_judge, uses_rewriter
 from megatron_sip.train.config import TrainConfig
+from megatron_sip.train.fill import FillRule, recorded_fills
+from megatron_sip.train.lookahead import Lookahead
+from megatron_sip.train.pending import PendingState
+from megatron_sip.train.prepare import Preparer, StepShape
 from megatron_sip.train.record import RunRecord
-from megatron_sip.train.step import StepRunner, StepShape
+from megatron_sip.train.step import StepRunner
 from megatron_sip.train.teacher_link import TeacherLink
+from megatron_sip.train.teacher_start import start_process
 from megatron_sip.train.trainer import Schedule, Trainer
 from megatron_sip.train.validation import Validation
+from megatron_sip.train.verdicts import PauseRule, VerdictDesk
 
 
 @dataclass(frozen=True)
@@ -66,104 +82,177 @@ def step_shape(config: TrainConfig, tokenizer: Tokenizer) -> StepShape:
 
 def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelContext) -> TeacherProcess | None:
     """The replica's teacher process, on its leader, if the run asks anything of one."""
-    if not (uses_judge(config) or uses_rewriter(config)) or not context.is_leader:
+    if not (uses_judge(config) or uses_rewriter(config)):
         return None
-    options = {
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "judging": uses_judge(config),
-        "rewriting": uses_rewriter(config),
-        "replica": context.dp_rank,
-        "num_replicas": context.dp_size,
-        "seed": config.training.seed,
-    }
-    return TeacherProcess(config.teacher, options)
+    return start_process(
+        config.teacher,
+        config.tokenizer,
+        tokenizer,
+        context,
+        judging=uses_judge(config),
+        rewriting=uses_rewriter(config),
+        seed=config.training.seed,
+    )
 
 
 @contextmanager
 def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSignals) -> Iterator[Trainer]:
     """All parts of a run; what they hold open is closed at the end, however it comes."""
     with ExitStack() as stack:
-        policy = build_policy(config, context)
-        tokenizer = policy.tokenizer
-        timers = Timers(lambda: synchronize(context.device))
-        link = TeacherLink(
-            start_teacher(config, tokenizer, context),
-            tokenizer,
-            context,
-            timers,
-            config.data.suffix_length,
-            config.teacher.judge_timeout_s,
+        parts = _build_parts(config, context, signals, stack)
+        curriculum = check_layout(config, context.world_size)
+        pending = PendingState(
+            parts.preparer, parts.link, parts.loader, context, parts.shape.eod_id, _row_sizes(config)
         )
-        stack.callback(link.close)
-        objective = dataclasses.replace(config.objective, reference_policy=reference_policy(config))
-        engine = Engine(policy.chunks, config.engine, objective, context, config.training.train_iters)
-        policy.rollouts.sync_weights(engine.num_updates)
-        loader = build_loader(config.data, config.data.data_path, tokenizer, config.training.seed, _streams(config))
-        shape = step_shape(config, tokenizer)
-        runner = StepRunner(
-            engine=engine,
-            rollouts=policy.rollouts,
-            teacher=link,
-            loader=loader,
-            context=context,
-            shape=shape,
-            pool=config.rollout.pool,
-            preference=config.preference,
-            objective=build_judged_objective(config.objective),
-            timers=timers,
-        )
-        record = RunRecord(config.observability, tokenizer.decode, config.training.train_iters, context.rank == 0)
-        stack.callback(record.close)
-        if context.rank == 0 and config.observability.run_dir is not None:
-            _write_run_info(config, context, tokenizer.vocab_size)
-        checkpoints = CheckpointManager(config.checkpoint, context, policy.identity)
-        stack.callback(checkpoints.close)
-        watch = StopWatch(signals, config.checkpoint.exit_duration_in_mins)
         yield Trainer(
             schedule=Schedule(
                 config.training.train_iters, config.training.eval_interval, config.training.probe_interval
             ),
             context=context,
-            engine=engine,
-            loader=loader,
-            curriculum=check_layout(config, context.world_size),
-            runner=runner,
-            teacher=link,
-            validation=_validation(config, context, engine, runner, link, shape, tokenizer),
-            checkpoints=checkpoints,
-            record=record,
-            timers=timers,
-            decide_stop=lambda: watch.decide(context),
-            describe_throughput=_throughput(config, context, tokenizer.vocab_size),
+            engine=parts.engine,
+            loader=parts.loader,
+            curriculum=curriculum,
+            queue=Lookahead(
+                parts.preparer,
+                curriculum,
+                parts.loader,
+                pending,
+                config.training.lookahead,
+                config.training.train_iters,
+            ),
+            runner=_runner(config, context, parts),
+            teacher=parts.link,
+            validation=_validation(config, context, parts),
+            checkpoints=parts.checkpoints,
+            record=parts.record,
+            timers=parts.timers,
+            decide_stop=parts.decide_stop,
+            describe_throughput=_throughput(config, context, parts.policy.tokenizer.vocab_size),
         )
 
 
-def _streams(config: TrainConfig) -> list[str]:
-    """The data streams that the curriculum draws from: documents may be too short for one that it does not use."""
-    suffixes = any(trains_on(config, stream) for stream in ("suffix", "rewrite", "rollout"))
-    return [NEXT_TOKEN] * trains_on(config, "ntp") + [SUFFIX] * suffixes
+@dataclass(frozen=True)
+class _Parts:
+    """What several parts of a run are made of."""
+
+    policy: Policy
+    shape: StepShape
+    timers: Timers
+    record: RunRecord
+    decide_stop: Callable[[], StopDecision | None]
+    link: TeacherLink
+    engine: Engine
+    loader: SampleLoader
+    preparer: Preparer
+    checkpoints: CheckpointManager
 
 
-def _validation(
-    config: TrainConfig,
-    context: ParallelContext,
-    engine: Engine,
-    runner: StepRunner,
-    link: TeacherLink,
-    shape: StepShape,
-    tokenizer: Tokenizer,
-) -> Validation | None:
-    if not config.data.valid_data_path:
-        return None
-    names = [NEXT_TOKEN, SUFFIX] if uses_judge(config) else [NEXT_TOKEN]
-    loader = build_loader(config.data, config.data.valid_data_path, tokenizer, config.training.seed, names)
-    return Validation(
-        engine=engine,
-        runner=runner,
+def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSignals, stack: ExitStack) -> _Parts:
+    """``stack`` closes what they hold open."""
+    policy = build_policy(config, context)
+    tokenizer, shape = policy.tokenizer, step_shape(config, policy.tokenizer)
+    timers = Timers(lambda: synchronize(context.device))
+    watch = StopWatch(signals, config.checkpoint.exit_duration_in_mins)
+    record = RunRecord(config.observability, tokenizer.decode, config.training.train_iters, context.rank == 0)
+    link = TeacherLink(
+        start_teacher(config, tokenizer, context),
+        tokenizer,
+        context,
+        timers,
+        config.data.suffix_length,
+        config.teacher.judge_timeout_s,
+        decide_stop=lambda: watch.decide(context),
+        say=record.message,
+    )
+    stack.callback(link.close)
+    objective = dataclasses.replace(config.objective, reference_policy=reference_policy(config))
+    engine = Engine(policy.chunks, config.engine, objective, context, config.training.train_iters)
+    policy.rollouts.sync_weights(engine.num_updates)
+    loader = build_loader(config.data, config.data.data_path, tokenizer, config.training.seed, _streams(config))
+    preparer = Preparer(
+        rollouts=policy.rollouts,
         teacher=link,
         loader=loader,
         context=context,
         shape=shape,
+        pool=config.rollout.pool,
+        needs_judge=config.preference.needs_judge,
+        timers=timers,
+    )
+    stack.callback(record.close)
+    if context.rank == 0 and config.observability.run_dir is not None:
+        _write_run_info(config, context, tokenizer.vocab_size)
+    checkpoints = CheckpointManager(config.checkpoint, context, policy.identity)
+    stack.callback(checkpoints.close)
+    return _Parts(
+        policy=policy,
+        shape=shape,
+        timers=timers,
+        record=record,
+        decide_stop=lambda: watch.decide(context),
+        link=link,
+        engine=engine,
+        loader=loader,
+        preparer=preparer,
+        checkpoints=checkpoints,
+    )
+
+
+def _runner(config: TrainConfig, context: ParallelContext, parts: _Parts) -> StepRunner:
+    training = config.training
+    rule = PauseRule(training.judge_pause_failure_rate, training.judge_pause_window)
+    return StepRunner(
+        engine=parts.engine,
+        rollouts=parts.policy.rollouts,
+        verdicts=VerdictDesk(parts.link, context, rule, parts.record.message),
+        loader=parts.loader,
+        context=context,
+        shape=parts.shape,
+        pool=config.rollout.pool,
+        preference=config.preference,
+        objective=build_judged_objective(config.objective),
+        fill=_fill_rule(config, context),
+        early_reference=training.reference_scoring == "early",
+        timers=parts.timers,
+    )
+
+
+def _fill_rule(config: TrainConfig, context: ParallelContext) -> FillRule:
+    training = config.training
+    fills = training.on_late_judgment == "fill"
+    return FillRule(
+        round_windows=context.dp_size * training.micro_batch_size,
+        max_windows=int(training.late_fill_limit * training.global_batch_size) if fills else 0,
+        recorded=recorded_fills(Path(training.replay_fills)) if training.replay_fills else None,
+    )
+
+
+def _row_sizes(config: TrainConfig) -> dict[str, int]:
+    """Stream -> rows of its micro-batches."""
+    sizes = config.training.stream_micro_batch_sizes
+    return {stream: sizes.get(stream, sizes["default"]) for stream in STREAMS}
+
+
+def _streams(config: TrainConfig) -> list[str]:
+    """The data streams that the run draws from: documents may be too short for one that it does not use."""
+    suffixes = any(trains_on(config, stream) for stream in ("suffix", "rewrite", "rollout"))
+    windows = trains_on(config, "ntp") or config.training.on_late_judgment == "fill"
+    return [NEXT_TOKEN] * windows + [SUFFIX] * suffixes
+
+
+def _validation(config: TrainConfig, context: ParallelContext, parts: _Parts) -> Validation | None:
+    if not config.data.valid_data_path:
+        return None
+    names = [NEXT_TOKEN, SUFFIX] if uses_judge(config) else [NEXT_TOKEN]
+    tokenizer = parts.policy.tokenizer
+    loader = build_loader(config.data, config.data.valid_data_path, tokenizer, config.training.seed, names)
+    return Validation(
+        engine=parts.engine,
+        preparer=parts.preparer,
+        teacher=parts.link,
+        loader=loader,
+        context=context,
+        shape=parts.shape,
         preference=config.preference,
         num_windows=config.training.eval_iters * config.training.global_batch_size,
         num_probes=config.training.probe_samples,
@@ -193,4 +282,4 @@ def _write_run_info(config: TrainConfig, context: ParallelContext, vocab_size: i
         "cores": os.cpu_count(),
     }
     assert config.observability.run_dir is not None
-    write_run_info(config.observability.run_dir, dataclasses.asdict(config), facts)
+    write_run_info(config.observability.run_dir, dataclasses.asdict(config), facts, config.rollout.pool.chance)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_sip.train.config import TrainConfig
 
 _PATH_OPTIONS = ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path")
+_TRAINING_PATHS = ("data_path", "valid_data_path")
+"""Those that a training run opens itself; tools open the others."""
 _TOKENIZER_PACKAGES = {
     "SentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
@@ -128,14 +130,27 @@ def _check_schedule(config: TrainConfig) -> None:
             f"--rollout-max-new-tokens {longest} is more than the candidate block of --suffix-length "
             f"{config.data.suffix_length}: lower it or raise --suffix-length"
         )
-    if training.lookahead > 0:
+    _check_lookahead(config)
+
+
+def _check_lookahead(config: TrainConfig) -> None:
+    training, queue = config.training, config.teacher.judge_queue
+    # A batch ahead has a judge's ticket and a rewriter's; a probe, the state for a checkpoint and a repeat come on top.
+    needed = 2 * training.lookahead + 4
+    if training.lookahead and queue < needed:
         raise ConfigurationError(
-            f"--lookahead is {training.lookahead}: this version collects verdicts within the step, give 0"
+            f"--judge-queue {queue} is too short for --lookahead {training.lookahead}: give at least {needed}"
         )
-    if training.on_late_judgment != "wait":
+    if training.lookahead and training.reference_scoring == "early":
         raise ConfigurationError(
-            f"--on-late-judgment is {training.on_late_judgment}: without --lookahead there is only wait"
+            f"--reference-scoring early has no use with --lookahead {training.lookahead}, where verdicts do not keep a "
+            "step waiting: leave it out"
         )
+    fills = training.on_late_judgment == "fill"
+    if fills and config.observability.run_dir is None:
+        raise ConfigurationError("--on-late-judgment fill records its decisions in metrics.jsonl: give a --run-dir")
+    if training.replay_fills and not fills:
+        raise ConfigurationError("--replay-fills repeats fills: add --on-late-judgment fill")
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -227,15 +242,15 @@ def _check_judge(config: TrainConfig) -> None:
 
 
 def _missing_corpora(config: TrainConfig) -> Iterator[str]:
-    for name in _PATH_OPTIONS:
+    for name in _TRAINING_PATHS:
         flag = f"--{name.replace('_', '-')}"
         for prefix in parse_blend(getattr(config.data, name), flag)[0]:
             if Path(prefix).suffix in (".bin", ".idx") and Path(prefix).is_file():
                 yield f"{flag} {prefix}: give the path without {Path(prefix).suffix}, which names both files"
                 continue
-            for suffix in (".bin", ".idx"):
-                if not Path(prefix + suffix).is_file():
-                    yield f"{flag}: no file {prefix}{suffix}; write it with tools/preprocess_data.py"
+            lacking = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+            if lacking:
+                yield f"{flag}: no file {prefix}{' and '.join(lacking)}; tools/preprocess_data.py writes them"
 
 
 def _missing_tokenizer(config: TrainConfig) -> Iterator[str]:
@@ -268,6 +283,7 @@ def _missing_teacher(config: TrainConfig) -> Iterator[str]:
     yield from teacher.missing_http(roles, replaying=bool(teacher.replay_judgments))
     if teacher.replay_judgments and not segments(Path(teacher.replay_judgments)):
         yield f"--replay-judgments: no ledger at {teacher.replay_judgments}; give the --judge-ledger of a run"
+    yield from teacher.missing_models(uses_judge(config), uses_rewriter(config))
     if roles and importlib.util.find_spec("aiohttp") is None:
         yield "--teacher http: package aiohttp is not installed; pip install aiohttp"
     judges = uses_judge(config) and teacher.teacher == "embedded" and teacher.judge_quality_weight > 0

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-from megatron_sip.checkpoint import CheckpointConfig, CheckpointManager
 from megatron_sip.data.build import SUFFIX, build_loader
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.errors import DataError
@@ -20,6 +18,7 @@ from megatron_sip.teacher import TeacherProcess
 from megatron_sip.train.build import Policy, build_policy
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.teacher_link import TeacherLink
+from megatron_sip.train.weights import load_weights
 from megatron_sip.types import CandidateGroup, Judgment, Sample
 
 
@@ -30,7 +29,7 @@ def compare_policies(options: EvaluationConfig, config: TrainConfig, context: Pa
     decodings = options.decodings(config.data.suffix_length, config.training.seed)
 
     def continuations(directory: str, step: int | None) -> dict[str, Continuations]:
-        _load_weights(policy, directory, step, context)
+        load_weights(policy.chunks, policy.identity, directory, step, context)
         progress = Progress(f"continue with {directory}", len(samples) * len(decodings), "continuations")
         advance = progress.advance if context.rank == 0 else _say_nothing
         return generate_all(policy.rollouts, samples, decodings, advance)
@@ -44,22 +43,6 @@ def compare_policies(options: EvaluationConfig, config: TrainConfig, context: Pa
 
 def _say_nothing(count: int) -> None:
     """Progress of the ranks that print none."""
-
-
-def _load_weights(policy: Policy, directory: str, step: int | None, context: ParallelContext) -> int:
-    """Puts the weights of a checkpoint into the policy; returns the step it was saved at."""
-    config = CheckpointConfig(load=directory, ckpt_step=step, finetune=True)
-    names = ["model"] if len(policy.chunks) == 1 else [f"model{index}" for index in range(len(policy.chunks))]
-
-    def build_state(*, is_loading: bool, with_optimizer: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        chunks = zip(names, policy.chunks, strict=True)
-        return {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in chunks}
-
-    loaded = CheckpointManager(config, context, policy.identity).load(build_state)
-    assert loaded is not None
-    for name, chunk in zip(names, policy.chunks, strict=True):
-        chunk.load_state_dict(loaded.state[name], strict=True)
-    return loaded.step
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_sip.checkpoint.config import CheckpointConfig
@@ -31,13 +32,19 @@ Every flag is also a key of a recipe, with underscores; flags win over recipes. 
 class TrainingConfig:
     """Batch, length and rhythm of the run."""
 
-    train_iters: int = option(help="optimizer steps of the whole run")
-    micro_batch_size: int = option(1, help="next-token rows of one forward pass on one replica")
+    train_iters: int = option(
+        help="optimizer steps of the whole run", also_called=("max_steps", "num_steps", "train_steps")
+    )
+    micro_batch_size: int = option(
+        1, help="next-token rows of one forward pass on one replica", also_called=("per_device_train_batch_size",)
+    )
     rollout_micro_batch_size: int | None = option(
         None, help="the same for rows of the suffix, rewrite and rollout streams (default: --micro-batch-size)"
     )
     global_batch_size: int = option(
-        256, help="corpus samples of a step: a next-token window, a rewrite and a group of candidates count one each"
+        256,
+        help="corpus samples of a step: a next-token window, a rewrite and a group of candidates count one each",
+        also_called=("batch_size", "train_batch_size"),
     )
     eval_interval: int = option(1000, help="steps between two measurements of the validation loss; 0 is never")
     eval_iters: int = option(10, help="global batches of windows of such a measurement; 0 measures none")
@@ -56,6 +63,23 @@ class TrainingConfig:
         choices=("wait", "fill"),
         help="what a step does when verdicts are late: wait, or fill it with next-token rows",
     )
+    late_fill_limit: float = option(
+        1.0, help="next-token rows that fill a step at most, in global batches; then it waits"
+    )
+    replay_fills: str = option(
+        "", help="metrics.jsonl of a run with fill: fill each step as it was filled there, whenever verdicts come"
+    )
+    reference_scoring: str = option(
+        "late",
+        choices=("late", "early"),
+        help="log-probs of the reference: late, of what is trained on, after the verdicts; early, of all candidates "
+        "while the judge works (without --lookahead, where the judge takes longer than that)",
+    )
+    judge_pause_failure_rate: float = option(
+        0.5, help="share of judge calls failing for their servers from which on training pauses until these are back; "
+        "0 never pauses"
+    )  # fmt: skip
+    judge_pause_window: int = option(1, help="steps over which this share is measured")
     dry_run: bool = option(
         False, help="check the configuration and print sizes, batches, judge calls and what is missing; exit"
     )
@@ -65,7 +89,9 @@ class TrainingConfig:
     dry_run_corpus_samples: int | None = option(
         None, help="samples of the corpus for --dry-run, where the corpus is not at hand"
     )
-    dry_run_device_gib: float = option(80.0, help="memory of one device for --dry-run, in GiB")
+    dry_run_device_gib: float | None = option(
+        None, help="memory of one device for --dry-run, in GiB (default: this machine's GPU, else the machine's memory)"
+    )
 
     @property
     def judged_micro_batch_size(self) -> int:
@@ -79,14 +105,20 @@ class TrainingConfig:
 
     def validate(self) -> None:
         """Raise ConfigurationError for a value that cannot work."""
-        for name in ("micro_batch_size", "global_batch_size", "train_iters", "probe_samples"):
+        for name in ("micro_batch_size", "global_batch_size", "train_iters", "probe_samples", "judge_pause_window"):
             _at_least(self, name, 1)
         for name in ("rollout_micro_batch_size", "dry_run_world_size", "dry_run_corpus_samples"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
         for name in ("eval_interval", "eval_iters", "probe_interval", "seed", "lookahead"):
             _at_least(self, name, 0)
-        if self.dry_run_device_gib <= 0:
+        if not 0 <= self.judge_pause_failure_rate <= 1:
+            raise ConfigurationError(
+                f"--judge-pause-failure-rate is {self.judge_pause_failure_rate}: give a share from 0 to 1"
+            )
+        if self.late_fill_limit <= 0:
+            raise ConfigurationError(f"--late-fill-limit is {self.late_fill_limit}: give a number above 0")
+        if self.dry_run_device_gib is not None and self.dry_run_device_gib <= 0:
             raise ConfigurationError(f"--dry-run-device-gib is {self.dry_run_device_gib}: give a number above 0")
 
 
@@ -113,6 +145,20 @@ class TrainConfig:
     objective: ObjectiveConfig
     checkpoint: CheckpointConfig
     observability: ObservabilityConfig
+
+    def completed(self, given: Set[str]) -> TrainConfig:
+        """With --run-dir, what is not ``given`` is in it: checkpoints, saved and resumed from, and TensorBoard's."""
+        if self.observability.run_dir is None:
+            return self
+        run_dir = Path(self.observability.run_dir)
+        checkpoint, observability = self.checkpoint, self.observability
+        if "save" not in given:
+            checkpoint = replace(checkpoint, save=str(run_dir / "checkpoints"))
+        if "load" not in given:
+            checkpoint = replace(checkpoint, load=str(run_dir / "checkpoints"))
+        if "tensorboard_dir" not in given:
+            observability = replace(observability, tensorboard_dir=str(run_dir / "tensorboard"))
+        return replace(self, checkpoint=checkpoint, observability=observability)
 
     def validate(self) -> None:
         """Checks the sections against each other; what needs the world size is in ``checks.check_layout``."""

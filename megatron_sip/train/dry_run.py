@@ -71,7 +71,12 @@ class DryRun:
     stages: tuple[RankMemory, ...]
     host_bytes: int
     """Pinned host memory of a rank for a reference that waits there."""
-    device_bytes: int
+    device_bytes: float
+    """What one rank may fill."""
+    device_words: str
+    """What that is, for "N GiB on ...": a device of so much memory, or a share of this machine's."""
+    device_note: str
+    """What was assumed of it, or nothing."""
     phases: tuple[PhaseFigures, ...]
     train_iters: int
     corpus_samples: Mapping[str, int]
@@ -80,12 +85,30 @@ class DryRun:
     """The same streams -> passes over the corpus in the whole run."""
     missing: tuple[str, ...]
 
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(stage.peak for stage in self.stages)
 
-def dry_run(config: TrainConfig, environment: Mapping[str, str]) -> str:
-    """The report of ``--dry-run``; ``environment`` may hold ``WORLD_SIZE``. Raises ConfigurationError."""
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.device_bytes
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the run could start: it fits, and nothing is missing."""
+        return self.fits and not self.missing
+
+
+def dry_run(config: TrainConfig, environment: Mapping[str, str]) -> tuple[str, bool]:
+    """The report of ``--dry-run``, and whether the run could start here.
+
+    ``environment`` may hold ``WORLD_SIZE``. Raises ConfigurationError.
+    """
     smallest = config.parallel.model_parallel_size
     world_size = config.training.dry_run_world_size or int(environment.get("WORLD_SIZE", str(smallest)))
-    return render(examine(config, world_size))
+    run = examine(config, world_size)
+    return render(run), run.is_ready
 
 
 def examine(config: TrainConfig, world_size: int) -> DryRun:
@@ -105,6 +128,7 @@ def examine(config: TrainConfig, world_size: int) -> DryRun:
     stages = tuple(rank_memory(arch, layout, precision, work, stage) for stage in range(layout.pp))
     on_host = reference_policy(config) != "none" and config.objective.reference_placement == "host"
     samples = _corpus_samples(config, missing)
+    device_bytes, device_words, device_note = _device(config, world_size)
     return DryRun(
         architecture=arch,
         preset=config.model.preset,
@@ -118,13 +142,33 @@ def examine(config: TrainConfig, world_size: int) -> DryRun:
         host_bytes=max(
             stage.parameters * (_reference_bytes(config, precision) + precision.weight) for stage in stages
         ) * on_host,
-        device_bytes=round(config.training.dry_run_device_gib * 2**30),
+        device_bytes=device_bytes,
+        device_words=device_words,
+        device_note=device_note,
         phases=phases,
         train_iters=config.training.train_iters,
         corpus_samples=samples,
         passes=_passes(config, curriculum, samples),
         missing=tuple(missing),
     )  # fmt: skip
+
+
+def _device(config: TrainConfig, world_size: int) -> tuple[float, str, str]:
+    """Bytes for one rank, what they are, and what was assumed; without a GPU all ranks share the machine's memory."""
+    given = config.training.dry_run_device_gib
+    if given is not None:
+        return given * 2**30, f"a device of {given:g} GiB", ""
+    # Here: --help and runs that name a device need neither.
+    import psutil
+
+    from megatron_sip.distributed import device_memory_bytes, select_device
+
+    total = device_memory_bytes(select_device(0))
+    if total is not None:
+        return total, f"a device of {total / 2**30:.0f} GiB", "as this machine's; --dry-run-device-gib names another"
+    total = int(psutil.virtual_memory().total)
+    note = f"no GPU here: {total / 2**30:.0f} GiB of memory for all ranks; --dry-run-device-gib names a device"
+    return total / world_size, f"a share of {total / world_size / 2**30:.1f} GiB", note
 
 
 def judge_calls(config: TrainConfig, groups: int) -> JudgeCalls:
@@ -223,6 +267,8 @@ def _phases(config: TrainConfig, curriculum: Curriculum, dp: int) -> Iterator[Ph
     pool, training = config.rollout.pool, config.training
     start, opened = 0, dict[str, int]()
     for phase in curriculum.phases:
+        if start >= training.train_iters:
+            return  # it is never reached
         # A phase that waits is taken to open at the first moment.
         opened[phase.name] = start
         plan = curriculum.plan(start + phase.ramp, TriggerState(opened))
@@ -231,7 +277,7 @@ def _phases(config: TrainConfig, curriculum: Curriculum, dp: int) -> Iterator[Ph
         micro = {s: n // (dp * sizes.get(s, sizes["default"])) for s, n in plan.counts.items() if n}
         yield PhaseFigures(
             name=phase.name,
-            steps=phase.steps,
+            steps=_steps_of(phase.steps, training.train_iters - start),
             counts={stream: count for stream, count in plan.counts.items() if count},
             micro_batches=micro,
             tokens=sum(count * _row_length(config, stream) for stream, count in plan.counts.items()),
@@ -240,6 +286,11 @@ def _phases(config: TrainConfig, curriculum: Curriculum, dp: int) -> Iterator[Ph
             rewrites=plan.counts["rewrite"] + (judged if pool.rewrite else 0),
         )
         start += phase.steps or 0
+
+
+def _steps_of(steps: int | None, left: int) -> int | None:
+    """Steps of a phase of which ``left`` are still to come; None: to the end."""
+    return None if steps is None else min(steps, left)
 
 
 def _corpus_samples(config: TrainConfig, missing: list[str]) -> dict[str, int]:

@@ -21,13 +21,14 @@ def render(run: DryRun) -> str:
 def _render_model(run: DryRun) -> list[str]:
     arch, layout = run.architecture, run.layout
     virtual = f", {layout.virtual_stages} virtual stages per rank" if layout.virtual_stages > 1 else ""
+    ranks = f"{run.world_size} {'rank' if run.world_size == 1 else 'ranks'}"
     return [
         "Model",
         f"  {run.preset}: {arch.num_layers} layers, hidden {arch.hidden_size}, {arch.num_attention_heads} heads, "
         f"{arch.num_query_groups} key-value groups, FFN {arch.ffn_hidden_size}",
         f"  vocabulary {run.vocab_size:,}, padded to {run.vocab_rows:,}",
         f"  {run.num_parameters:,} parameters without the padding",
-        f"  {run.world_size} ranks = tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp}{virtual}",
+        f"  {ranks} = tensor {layout.tp} x pipeline {layout.pp} x data {layout.dp}{virtual}",
         "",
     ]
 
@@ -53,18 +54,18 @@ def _render_memory(run: DryRun) -> list[str]:
                  stage.kv_cache, stage.peak)  # fmt: skip
         cells = [str(stage.stage), f"{stage.parameters:,}", *(f"{part / 2**30:.2f}" for part in parts)]
         lines.append("  " + " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-    peak = max(stage.peak for stage in run.stages)
-    gib = run.device_bytes / 2**30
-    if peak <= 0.9 * run.device_bytes:
+    if run.peak <= 0.9 * run.device_bytes:
         verdict = "fits"
-    elif peak <= run.device_bytes:
+    elif run.fits:
         verdict = "is close to the limit: fragmentation may not leave room"
     else:
         verdict = (
             "does NOT fit: lower the micro-batch sizes or --rollout-batch-size, give --recompute-granularity full or "
             "--reference-placement host, or raise tensor or pipeline parallel"
         )
-    lines.append(f"  {peak / 2**30:.1f} GiB on a device of {gib:g} GiB {verdict}")
+    lines.append(f"  {run.peak / 2**30:.1f} GiB on {run.device_words} {verdict}")
+    if run.device_note:
+        lines.append(f"  ({run.device_note})")
     if run.host_bytes:
         lines.append(f"  pinned host memory for the reference: {run.host_bytes / 2**30:.2f} GiB a rank")
     return [*lines, ""]
@@ -80,10 +81,11 @@ def _render_batch(run: DryRun) -> list[str]:
 def _render_phase(phase: PhaseFigures, dp: int) -> list[str]:
     steps = f"{phase.steps:,} steps" if phase.steps is not None else "to the end"
     lines = [f"  phase {phase.name!r} ({steps})"]
+    replicas = "the one replica" if dp == 1 else f"each of {dp} replicas"
     for stream, count in phase.counts.items():
         micro = phase.micro_batches[stream]
         unit = "micro-batch" if micro == 1 else "micro-batches"
-        lines.append(f"    {count:>9,} {_STREAM_NAMES[stream]}: {micro} {unit} on each of {dp} replicas")
+        lines.append(f"    {count:>9,} {_STREAM_NAMES[stream]}: {micro} {unit} on {replicas}")
     lines.append(f"    {phase.tokens:>9,} tokens through forward and backward, at most")
     if phase.rollouts:
         lines.append(f"    {phase.rollouts:>9,} rollouts")
@@ -112,6 +114,8 @@ def _render_corpus(run: DryRun) -> list[str]:
 
 
 def _render_missing(run: DryRun) -> list[str]:
-    if not run.missing:
-        return ["Nothing is missing on this machine."]
-    return ["Missing on this machine", *(f"  {line}" for line in run.missing)]
+    found = ["Missing on this machine", *(f"  {line}" for line in run.missing)] if run.missing else []
+    if run.is_ready:
+        return [*found, "Nothing is missing on this machine."]
+    reasons = [f"{len(run.missing)} missing" if run.missing else "", "" if run.fits else "it does not fit"]
+    return [*found, f"This run cannot start: {' and '.join(reason for reason in reasons if reason)}."]

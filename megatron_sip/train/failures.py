@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from megatron_sip.errors import SIPError
 
@@ -37,6 +39,26 @@ def failures_end_the_job() -> Iterator[None]:
         _leave("interrupted twice: leaving without saving" if _is_first() else "", 130)
     except Exception as error:
         _leave(_describe(error) if _is_first() else "", 1)
+
+
+@contextmanager
+def signals_end_the_start() -> Iterator[None]:
+    """Outside of training SIGTERM and SIGINT end this process at once, with one line: there is nothing to save.
+
+    ``StopSignals`` takes over while the loop runs.
+    """
+    before = {number: signal.signal(number, _leave_on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave_on_signal(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    says = os.environ.get("LOCAL_RANK", "0") == "0"
+    _leave(f"received {name} while no step was running: nothing to save, leaving" if says else "", 128 + number)
 
 
 def _describe(error: Exception) -> str:

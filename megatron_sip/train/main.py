@@ -11,11 +11,13 @@ from pathlib import Path
 from megatron_sip.errors import ConfigurationError, SIPError
 from megatron_sip.train.checks import check_layout, require_present
 from megatron_sip.train.config import TrainConfig, load_train_config
-from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
+from megatron_sip.train.failures import failures_end_the_job, say_once_per_node, signals_end_the_start
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs training; returns the exit status: 2 for a configuration that cannot work, 1 for other failures.
+
+    A dry run of what could not start here, because something is missing or does not fit, is a failure too.
 
     What a user can mend is printed as one line.
     """
@@ -25,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
         if config.training.dry_run:
             from megatron_sip.train.dry_run import dry_run
 
-            print(dry_run(config, os.environ))
-            return 0
+            report, is_ready = dry_run(config, os.environ)
+            print(report)
+            return 0 if is_ready else 1
         check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
         require_present(config)
     except SIPError as error:
@@ -36,16 +39,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    # Imported here, so that --help and --dry-run answer at once.
-    from megatron_sip.checkpoint import StopSignals
-    from megatron_sip.distributed import initialize
-    from megatron_sip.train.build import build_trainer
+    with failures_end_the_job(), signals_end_the_start():
+        # Imported here: --help and --dry-run answer at once, and a signal in these seconds is answered too.
+        from megatron_sip.checkpoint import StopSignals
+        from megatron_sip.distributed import initialize
+        from megatron_sip.train.build import build_trainer
 
-    with failures_end_the_job():
         context = initialize(config.parallel, config.training.seed)
-        with StopSignals() as signals, build_trainer(config, context, signals) as trainer:
+        signals = StopSignals()
+        with build_trainer(config, context, signals) as trainer:
             trainer.load()
-            end = trainer.run()
+            with signals:
+                end = trainer.run()
             if end.finished and context.rank == 0 and config.observability.run_dir is not None:
                 _mark_finished(Path(config.observability.run_dir), end.step)
         context.shutdown()

@@ -1,39 +1,61 @@
 """The one place where a data-parallel replica talks to its teacher: the leader asks, the replica hears.
 
-Submitting costs the leader one message to another process. Collecting is where a step waits, and that wait is timed: it
-is the judge's exposed time.
+Submitting costs the leader one message to another process. Waiting is done by all ranks of the job together, in
+heartbeats: no rank waits inside a collective for a teacher, and a signal or a time limit ends the wait.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_sip.checkpoint import StopDecision
 from megatron_sip.distributed import ParallelContext
+from megatron_sip.errors import JudgeError
 from megatron_sip.observability.timers import Timers
 from megatron_sip.teacher import JudgeResult, RewriteResult, TeacherProcess
 from megatron_sip.teacher.convert import judge_request, judgments, rewrite_candidates, rewrite_request
 from megatron_sip.teacher.http.failures import KINDS, REMOTE_COUNTS
+from megatron_sip.teacher.interfaces import GroupVerdict
 from megatron_sip.tokenizer import Tokenizer
-from megatron_sip.types import CandidateGroup, IntArray, Judgment, Sample
+from megatron_sip.types import CandidateGroup, FloatArray, IntArray, Judgment, Sample
+
+HEARTBEAT_S = 0.5
+"""No rank is in a collective for much longer while verdicts are late: far below every time-out of a process group."""
+
+_SAY_EVERY_S = 60.0
+
+
+class RunStopped(Exception):
+    """The run is to save and end, and this rank was waiting for its teacher. All ranks raise it together."""
+
+    def __init__(self, decision: StopDecision) -> None:
+        super().__init__(decision.reason)
+        self.decision = decision
 
 
 @dataclass(frozen=True)
 class JudgedGroups:
     """What the teacher said of one submission, equal on all ranks of the replica."""
 
-    judgments: tuple[Judgment, ...]
+    verdicts: tuple[GroupVerdict, ...]
     counts: Mapping[str, float]
-    """Sums that add up over replicas: calls, failures (also per kind), comparisons, both_orders, flips, cached, and
-    what the client of a remote judge counted."""
-    latencies_s: tuple[float, ...]
+    """Sums that add up over replicas: calls, failures (also per kind), both_orders, flips, cached, and what the client
+    of a remote judge counted."""
+    latencies_s: FloatArray
     """Per call."""
-    exposed_wait_s: float
+    duration_s: float = 0.0
+    """From submission to the last verdict, all rounds included; 0 if it is not known."""
+
+    @property
+    def judgments(self) -> list[Judgment]:
+        """One per group."""
+        return judgments(self.verdicts)
 
 
 class TeacherLink:
@@ -47,15 +69,23 @@ class TeacherLink:
         timers: Timers,
         suffix_length: int,
         timeout_s: float,
+        decide_stop: Callable[[], StopDecision | None] = lambda: None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """``process``: on the leader the running teacher, elsewhere None. ``timeout_s`` bounds one wait for it."""
+        """``process``: on the leader the running teacher, elsewhere None. ``timeout_s`` bounds one wait for it.
+
+        ``decide_stop``: collective, answers alike on all ranks. ``say``: prints a line on one rank.
+        """
         self._process = process
         self._tokenizer = tokenizer
         self._context = context
         self._timers = timers
         self._suffix_length = suffix_length
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
+        self._decide_stop = decide_stop
+        self._say = say
         self._next_ticket = 0
+        self._submitted_s: dict[int, float] = {}
 
     def submit_groups(self, groups: Sequence[CandidateGroup], learn: bool = True, step: int | None = None) -> int:
         """Hands groups to the judges; ``learn`` False leaves running statistics of a judge as they are.
@@ -67,20 +97,85 @@ class TeacherLink:
             self._process.submit(ticket, judge_request(groups, self._tokenizer, learn, step))
         return ticket
 
+    def all_ready(self, ticket: int | None, wait_s: float = 0.0) -> bool:
+        """Whether the teachers of all replicas have answered, after at most ``wait_s``. Collective over the job.
+
+        ``ticket`` None: this replica has asked nothing.
+        """
+        return not self._context.any_rank(not self._own_ready(ticket, wait_s))
+
+    def wait(self, ticket: int | None, may_stop: bool = False, timeout_s: float | None = None) -> float | None:
+        """Seconds until the teachers of all replicas have answered, not counting what the device still had to do; None
+        after ``timeout_s``. Collective over the job.
+
+        Raises:
+            RunStopped: the run is to end and ``may_stop``.
+        """
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        with self._timers("judge"):
+            started = said = time.perf_counter()
+            while True:
+                own = self._own_ready(ticket, HEARTBEAT_S)
+                now = time.perf_counter()
+                late, over = self._context.any_rank_each([not own, now - started >= limit_s])
+                if not late:
+                    return now - started
+                if over:
+                    return None
+                if may_stop:
+                    self.stop_if_asked()
+                if now - said >= _SAY_EVERY_S:
+                    said = now
+                    self._say(f"waiting for the teacher since {now - started:.0f} s (of {limit_s:g} s)")
+
+    def stop_if_asked(self) -> None:
+        """Collective. Raises RunStopped if the run is to end."""
+        decision = self._decide_stop()
+        if decision is not None:
+            raise RunStopped(decision)
+
+    def age_s(self, ticket: int) -> float:
+        """Seconds since the submission of a ticket that is still out or not fetched."""
+        return time.perf_counter() - self._submitted_s[ticket]
+
+    def fetch_groups(self, ticket: int) -> JudgedGroups:
+        """The verdicts of a submission that is ready. Collective over the replica.
+
+        Raises:
+            JudgeError: the teacher died or failed.
+        """
+        judged: JudgedGroups | None = None
+        del self._submitted_s[ticket]
+        if self._process is not None:
+            duration_s = self._process.duration_s(ticket) if self._process.peek(ticket) is not None else 0.0
+            result = self._process.collect(ticket, self.timeout_s)
+            assert isinstance(result, JudgeResult)
+            judged = _judged(result, duration_s)
+        return self._context.broadcast_object(judged)
+
+    def peek_groups(self, ticket: int) -> JudgedGroups | None:
+        """The verdicts of a submission if they are there; they stay to be fetched. Collective over the replica."""
+        judged: JudgedGroups | None = None
+        if self._process is not None:
+            result = self._process.peek(ticket)
+            if result is not None:
+                assert isinstance(result, JudgeResult)
+                judged = _judged(result, self._process.duration_s(ticket))
+        return self._context.broadcast_object(judged)
+
     def collect_groups(self, ticket: int) -> JudgedGroups:
-        """Waits for the verdicts of a submission. Collective over the replica.
+        """Waits for the verdicts of a submission. Collective over the job.
 
         Raises:
             JudgeError: the teacher died or is later than its time-out.
         """
-        started = time.perf_counter()
-        judged: JudgedGroups | None = None
-        with self._timers("judge"):
-            if self._process is not None:
-                result = self._process.collect(ticket, self._timeout_s)
-                assert isinstance(result, JudgeResult)
-                judged = _judged(result, time.perf_counter() - started)
-            return self._context.broadcast_object(judged)
+        self._require(self.wait(ticket) is not None)
+        return self.fetch_groups(ticket)
+
+    @property
+    def num_out(self) -> int:
+        """Submissions of this replica's leader without an answer; 0 on other ranks."""
+        return 0 if self._process is None else self._process.num_out
 
     def submit_rewrites(self, samples: Sequence[Sample], step: int | None = None) -> int:
         """Asks for a rewrite of each sample's suffix."""
@@ -89,16 +184,22 @@ class TeacherLink:
             self._process.submit(ticket, rewrite_request(samples, self._tokenizer, step))
         return ticket
 
-    def collect_rewrites(self, ticket: int, samples: Sequence[Sample]) -> list[IntArray | None]:
-        """Token ids [<= N] per sample, None where the rewriter gave nothing. Collective over the replica."""
+    def collect_rewrites(self, ticket: int, samples: Sequence[Sample], may_stop: bool = False) -> list[IntArray | None]:
+        """Token ids [<= N] per sample, None where the rewriter gave nothing. Collective over the job.
+
+        Raises:
+            JudgeError: the teacher died or is later than its time-out.
+            RunStopped: the run is to end and ``may_stop``.
+        """
         rewrites: list[IntArray | None] | None = None
-        with self._timers("judge"):
-            if self._process is not None:
-                result = self._process.collect(ticket, self._timeout_s)
-                assert isinstance(result, RewriteResult)
-                candidates = rewrite_candidates(result, samples, self._tokenizer, self._suffix_length)
-                rewrites = [None if candidate is None else candidate.tokens for candidate in candidates]
-            return self._context.broadcast_object(rewrites)
+        self._require(self.wait(ticket, may_stop) is not None)
+        del self._submitted_s[ticket]
+        if self._process is not None:
+            result = self._process.collect(ticket, self.timeout_s)
+            assert isinstance(result, RewriteResult)
+            candidates = rewrite_candidates(result, samples, self._tokenizer, self._suffix_length)
+            rewrites = [None if candidate is None else candidate.tokens for candidate in candidates]
+        return self._context.broadcast_object(rewrites)
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics of the teacher of each replica, in their order. Collective."""
@@ -117,24 +218,34 @@ class TeacherLink:
         if self._process is not None:
             self._process.close()
 
+    def _own_ready(self, ticket: int | None, wait_s: float) -> bool:
+        if self._process is None or ticket is None:
+            return True
+        return self._process.wait(ticket, wait_s) if wait_s else self._process.ready(ticket)
+
+    def _require(self, answered: bool) -> None:
+        if not answered:
+            raise JudgeError(
+                f"no answer of the teacher after {self.timeout_s:g} s: it is slow or stuck; raise --judge-timeout-s"
+            )
+
     def _ticket(self) -> int:
         self._next_ticket += 1
+        self._submitted_s[self._next_ticket] = time.perf_counter()
         return self._next_ticket
 
 
-def _judged(result: JudgeResult, exposed_wait_s: float) -> JudgedGroups:
+def _judged(result: JudgeResult, duration_s: float) -> JudgedGroups:
     counts = {
-        "groups": float(len(result.groups)),
         "calls": float(sum(v.num_calls for v in result.groups)),
         "failures": float(sum(v.num_failures for v in result.groups)),
-        "comparisons": float(sum(v.num_comparisons for v in result.groups)),
         "both_orders": float(result.num_both_orders),
         "flips": float(result.num_flips),
         "cached": float(result.num_cached),
         **{f"failures_{kind}": float(result.failures.get(kind, 0)) for kind in KINDS},
         **{f"remote_{name}": float(result.remote.get(name, 0)) for name in REMOTE_COUNTS},
     }
-    return JudgedGroups(tuple(judgments(result)), counts, tuple(map(float, result.latencies_s)), exposed_wait_s)
+    return JudgedGroups(tuple(result.groups), counts, np.asarray(result.latencies_s, dtype=np.float64), duration_s)
 
 
 def _to_tensors(state: Any) -> Any:

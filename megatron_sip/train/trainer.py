@@ -1,4 +1,4 @@
-"""The training loop: plan, prepare, train, measure, log, save. Nothing else happens here."""
+"""The training loop: prepare, train, measure, log, save. Nothing else happens here."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sip.checkpoint import CheckpointManager, StopDecision
+from megatron_sip.checkpoint import CheckpointManager, LoadedCheckpoint, StopDecision
 from megatron_sip.curriculum import Curriculum, StepPlan, TriggerState
 from megatron_sip.data.loader import SampleLoader
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.engine import Engine
 from megatron_sip.observability.timers import Timers
+from megatron_sip.train.lookahead import Lookahead
 from megatron_sip.train.record import RunRecord
+from megatron_sip.train.scalars import queue_scalars
 from megatron_sip.train.step import StepOutcome, StepRunner
-from megatron_sip.train.teacher_link import TeacherLink
+from megatron_sip.train.teacher_link import RunStopped, TeacherLink
 from megatron_sip.train.validation import Validation
 
 
@@ -50,6 +52,7 @@ class Trainer:
         engine: Engine,
         loader: SampleLoader,
         curriculum: Curriculum,
+        queue: Lookahead,
         runner: StepRunner,
         teacher: TeacherLink,
         validation: Validation | None,
@@ -66,6 +69,7 @@ class Trainer:
         self._engine = engine
         self._loader = loader
         self._curriculum = curriculum
+        self._queue = queue
         self._runner = runner
         self._teacher = teacher
         self._validation = validation
@@ -83,7 +87,12 @@ class Trainer:
         self._record.open(self._step)
         stop: StopDecision | None = None
         while self._step < self._schedule.train_iters and stop is None:
-            self._one_step()
+            try:
+                self._one_step()
+            except RunStopped as stopped:
+                # It waited for the teacher: the state is that of the step before, with what was prepared since.
+                stop = stopped.decision
+                break
             stop = self._decide_stop()
             self._checkpoints.poll()
             if self._checkpoints.due(self._step):
@@ -100,14 +109,23 @@ class Trainer:
 
     def _one_step(self) -> None:
         started = time.perf_counter()
-        plan = self._curriculum.plan(self._step, self._trigger)
-        outcome = self._runner.train(self._runner.prepare(self._step, plan))
+        self._queue.extend(self._step, self._trigger)
+        prepared = self._queue.head(self._step)
+        queued = queue_scalars(self._context, self._teacher, len(self._queue) - 1)
+        with self._queue.unfinished():
+            outcome = self._runner.train(prepared, self._save_before_pause)
+            self._queue.done()
         self._tokens += outcome.num_tokens
         elapsed_s = time.perf_counter() - started
-        scalars = self._scalars(plan, outcome, elapsed_s)
-        scalars.update(self._measure(plan))
+        scalars = {**queued, **self._scalars(prepared.plan, outcome, elapsed_s)}
+        scalars.update(self._measure())
         self._step += 1
-        self._record.step(self._step, plan.phase, outcome, scalars, self._loader.consumed_samples, elapsed_s)
+        self._record.step(self._step, prepared.plan.phase, outcome, scalars, self._consumed, elapsed_s)
+
+    @property
+    def _consumed(self) -> int:
+        """Samples trained on: what is prepared ahead does not count yet."""
+        return self._loader.consumed_samples - self._queue.num_samples
 
     def _scalars(self, plan: StepPlan, outcome: StepOutcome, elapsed_s: float) -> dict[str, float]:
         return {
@@ -124,8 +142,10 @@ class Trainer:
             "curriculum/phase": float(plan.phase_index),
         }
 
-    def _measure(self, plan: StepPlan) -> dict[str, float]:
-        """Held-out measurements after the step that ``plan`` planned, if they are due."""
+    def _measure(self) -> dict[str, float]:
+        """Held-out measurements after this step, if they are due."""
+        # Planned anew: a probe since the step was prepared may have opened what this one would ask for.
+        plan = self._curriculum.plan(self._step, self._trigger)
         scalars: dict[str, float] = {}
         done, last = self._step + 1, self._step + 1 == self._schedule.train_iters
         if self._validation is None:
@@ -138,12 +158,19 @@ class Trainer:
             scalars.update(probed)
             if plan.probe:
                 win_rate = probed.get("probe/chosen_rate/rollout", float("nan"))
-                self._trigger = self._curriculum.observe(self._step, win_rate, self._trigger)
+                unplanned = self._queue.next_step(done)
+                self._trigger = self._curriculum.observe(self._step, win_rate, self._trigger, unplanned)
         return scalars
 
     def _save(self) -> None:
         self._record.message(f"saving checkpoint at iteration {self._step}")
         self._checkpoints.save(self._step, self._build_state, self.state_dict())
+
+    def _save_before_pause(self) -> None:
+        """Before this step has changed anything; it is on disk when this returns."""
+        if self._checkpoints.due(self._step, last=True):
+            self._save()
+        self._checkpoints.finish()
 
     def _build_state(self, *, is_loading: bool, with_optimizer: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """The engine's state in the form in which the checkpoint manager asks for it."""
@@ -154,8 +181,13 @@ class Trainer:
         loaded = self._checkpoints.load(self._build_state)
         if loaded is None:
             return 0
-        # Megatron-LM's checkpoints hold weights and optimizer, but nothing of our data order and curriculum.
         self._engine.load_state_dict(loaded.state)
+        self._resume(loaded)
+        self._runner.sync_rollouts()
+        return self._step
+
+    def _resume(self, loaded: LoadedCheckpoint) -> None:
+        # Megatron-LM's checkpoints hold weights and optimizer, but nothing of our data order and curriculum.
         if loaded.weights_only:
             self._record.message(f"took the weights of {loaded.directory}")
         elif loaded.common:
@@ -164,17 +196,18 @@ class Trainer:
         else:
             self._step = loaded.step
             self._record.message(f"resumed weights and optimizer of {loaded.directory} at iteration {self._step}")
-        return self._step
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of the run but weights and optimizer; equal on all ranks, nothing of the layout."""
+        # First: it waits for the answers on which a judge's running statistics rest, and these are then in the queue's.
+        teacher = self._teacher.state_dict()
         return {
             "step": self._step,
             "tokens": self._tokens,
             "trigger": self._trigger.state_dict(),
-            "data": self._loader.state_dict(),
+            **self._queue.state_dict(),
             "engine": self._engine.common_state(),
-            "teacher": self._teacher.state_dict(),
+            "teacher": teacher,
             "alarms": self._record.state_dict(),
         }
 
@@ -183,9 +216,9 @@ class Trainer:
         self._step = int(state["step"])
         self._tokens = int(state["tokens"])
         self._trigger = TriggerState.from_state_dict(state["trigger"])
-        self._loader.load_state_dict(state["data"])
         self._engine.load_common_state(state["engine"])
         self._teacher.load_state_dict(state["teacher"])
+        self._queue.load_state_dict(state)
         self._record.load_state_dict(state["alarms"])
 
 

@@ -11,7 +11,7 @@ from megatron_sip.data.samples import Window
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.engine import Engine
 from megatron_sip.preference import PreferenceConfig, preference_metrics, preference_sums, select
-from megatron_sip.train.step import StepRunner, StepShape
+from megatron_sip.train.prepare import Preparer, StepShape
 from megatron_sip.train.teacher_link import TeacherLink
 from megatron_sip.types import Preference
 
@@ -26,7 +26,7 @@ class Validation:
         self,
         *,
         engine: Engine,
-        runner: StepRunner,
+        preparer: Preparer,
         teacher: TeacherLink,
         loader: SampleLoader,
         context: ParallelContext,
@@ -37,7 +37,7 @@ class Validation:
     ) -> None:
         """``num_windows`` and ``num_probes``: windows and prefixes over all replicas."""
         self._engine = engine
-        self._runner = runner
+        self._preparer = preparer
         self._teacher = teacher
         self._loader = loader
         self._context = context
@@ -69,7 +69,7 @@ class Validation:
         Returns (scalars ``probe/...``, this replica's preferences).
         """
         samples = self._peek("sip", self._num_probes)
-        groups, _, _ = self._runner.build_groups(PROBE_STEP + step, samples)
+        groups, _, _ = self._preparer.build_groups(PROBE_STEP + step, samples)
         judged = self._teacher.collect_groups(self._teacher.submit_groups(groups, learn=False))
         preferences = select(groups, judged.judgments, self._preference)
         sums = self._context.sum_over_data_parallel(preference_sums(preferences))

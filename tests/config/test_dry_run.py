@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ PAPER: dict[str, Any] = {
     "candidates": "suffix,rollout:16",
     "judge_votes": 5,
     "bf16": True,
+    "dry_run_device_gib": 80,
 }
 GIB = 2**30
 
@@ -184,21 +186,46 @@ def test_samples_are_counted_where_the_corpus_is_at_hand(tmp_path: Path) -> None
 
 def test_the_report_reads_as_expected() -> None:
     config = train_config_from({**PAPER, "dry_run_corpus_samples": 983520, "rollout_micro_batch_size": 2})
-    report = dry_run(config, {"WORLD_SIZE": "64"})
+    report, is_ready = dry_run(config, {"WORLD_SIZE": "64"})
+    assert not is_ready  # files are missing
     for part in (
         "1,345,423,360 parameters",
         "64 ranks = tensor 1 x pipeline 1 x data 64",
         "256 judged groups: 2 micro-batches on each of 64 replicas",
         "174,080 verdicts of the judge = 256 x (136 pairs x 5 votes)",
         "983,520 prefix-suffix samples: 0.5 passes",
-        "--data-path: no file absent/corpus.bin; write it with tools/preprocess_data.py",
+        "--data-path: no file absent/corpus.bin and .idx; tools/preprocess_data.py writes them",
         "--judge-model: no file absent/judge.npz",
         "on a device of 80 GiB fits",
     ):
         assert part in report
     assert max(len(line) for line in report.splitlines()) <= 110
     small = train_config_from({**PAPER, "dry_run_device_gib": 12.0, "dry_run_world_size": 8})
-    assert "on a device of 12 GiB does NOT fit: lower" in dry_run(small, {})
+    report, _ = dry_run(small, {})
+    assert "on a device of 12 GiB does NOT fit: lower" in report
+    assert report.rstrip().endswith("This run cannot start: 4 missing and it does not fit.")
+
+
+def test_without_a_device_the_ranks_share_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=48 * GIB))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = train_config_from({**PAPER, "dry_run_device_gib": None})
+    report, _ = dry_run(config, {})
+    assert "GiB on a share of 48.0 GiB fits" in report
+    assert "(no GPU here: 48 GiB of memory for all ranks; --dry-run-device-gib names a device)" in report
+    assert examine(config, 1).device_bytes == 48 * GIB
+    two = examine(config, 2)
+    assert (two.device_bytes, two.fits) == (24 * GIB, two.peak <= 24 * GIB)
+
+
+def test_phases_that_are_never_reached_are_not_listed_and_one_that_is_cut_short_says_so() -> None:
+    curriculum = "ntp:30:name=warm-up; ntp=0.5,rollout=0.5:20:name=mixed; rollout:name=rest"
+    assert [(p.name, p.steps) for p in figures(train_iters=100, curriculum=curriculum).phases] == [
+        ("warm-up", 30), ("mixed", 20), ("rest", None)
+    ]  # fmt: skip
+    cut = figures(train_iters=40, curriculum=curriculum)
+    assert [(p.name, p.steps) for p in cut.phases] == [("warm-up", 30), ("mixed", 10)]
+    assert [p.name for p in figures(train_iters=30, curriculum=curriculum).phases] == ["warm-up"]
 
 
 def test_an_unknown_vocabulary_is_asked_for() -> None:

@@ -12,27 +12,33 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_sip.config.schema import read_schema
 from megatron_sip.train.config import TrainConfig, load_train_config
-from megatron_sip.train.dry_run import dry_run, examine
+from megatron_sip.train.dry_run import examine
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted(path.name for path in (EXAMPLES / "recipes").glob("*.yaml"))
 SCRIPTS = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".slurm"))
-BASE = "llama2-1.4b.yaml"
-"""Not a run of its own: it has no number of steps."""
 
 
 def recipe(name: str, *flags: str) -> TrainConfig:
     return load_train_config(["--config", str(EXAMPLES / "recipes" / name), *flags])
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != BASE])
-def test_every_recipe_passes_a_dry_run(name: str) -> None:
-    config = recipe(name)
-    # The quickstart's corpus is made by the quickstart itself; the others are for 64 GPUs.
-    world_size = "2" if name.startswith("quickstart") else "64"
-    report = dry_run(config, {"WORLD_SIZE": world_size})
-    assert "does NOT fit" not in report
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_80_gib_on_64_devices_on_8_and_on_one_replica(name: str) -> None:
+    config = recipe(name, "--dry-run-device-gib", "80")
+    for world_size in (2,) if name.startswith("quickstart") else (64, 8, 1):
+        assert examine(config, world_size).fits
+
+
+def test_a_recipe_moves_to_another_folder_by_one_flag() -> None:
+    config = recipe("quickstart.yaml", "--run-dir", "elsewhere")
+    assert (config.checkpoint.save, config.checkpoint.load) == ("elsewhere/checkpoints", "elsewhere/checkpoints")
+    assert config.observability.tensorboard_dir == "elsewhere/tensorboard"
+    for name in RECIPES:
+        run_dir = f"runs/{name.removesuffix('.yaml')}"
+        assert recipe(name).observability.run_dir == run_dir
+        assert recipe(name).checkpoint.save == f"{run_dir}/checkpoints"
 
 
 def test_the_recipes_hold_the_papers_settings() -> None:
@@ -61,6 +67,19 @@ def test_the_recipes_hold_the_papers_settings() -> None:
         "continued-safety": {"quality": 1.0, "safety": 1.0, "factuality": 0.0},
         "continued-factuality": {"quality": 1.0, "safety": 0.0, "factuality": 1.0},
     }
+
+
+def test_the_quickstart_trains_on_what_it_has_made_wherever_that_is() -> None:
+    from tools.quickstart import all_stages
+
+    run_dir = Path("elsewhere")
+    stages = all_stages(run_dir, EXAMPLES / "recipes" / "quickstart.yaml", 2, ["--seed", "3"])
+    (words,) = [stage.command for stage in stages if any(word.endswith("pretrain_sip.py") for word in stage.command)]
+    config = load_train_config(words[next(i for i, word in enumerate(words) if word.endswith("pretrain_sip.py")) + 1 :])
+    made = {str(stage.output).removesuffix(".idx") for stage in stages}
+    used = {*config.data.data_path, *config.data.valid_data_path}
+    assert used | {config.tokenizer.tokenizer_model, config.teacher.judge_model} <= made
+    assert config.checkpoint.save == "elsewhere/checkpoints" and config.training.seed == 3
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

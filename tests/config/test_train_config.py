@@ -48,6 +48,35 @@ def test_flags_of_megatron_are_there(tmp_path: Path) -> None:
     assert loaded.model.bf16 and loaded.checkpoint.no_load_optim and loaded.training.seed == 7
 
 
+@pytest.mark.parametrize(
+    ("word", "flag"),
+    [
+        ("--lerning-rate", "--lr"), ("--learning_rate", "--lr"), ("--tp", "--tensor-model-parallel-size"),
+        ("--batch-size", "--global-batch-size"), ("--max-steps", "--train-iters"), ("--output-dir", "--save"),
+        ("--temprature", "--rollout-temperature"), ("--tensor-model-paralel-size", "--tensor-model-parallel-size"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs_lead_to_megatrons(word: str, flag: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"unknown flag {word} \\(did you mean {flag}\\?\\)"):
+        load_train_config([word, "1"])
+    with pytest.raises(ConfigurationError, match=f"did you mean {flag[2:].replace('-', '_')}\\?"):
+        config(**{word[2:].replace("-", "_"): 1})
+
+
+def test_a_run_dir_holds_what_is_not_placed_elsewhere() -> None:
+    plain, moved = config(), config(run_dir="a", save="b")
+    assert (plain.checkpoint.save, plain.checkpoint.load, plain.observability.tensorboard_dir) == (None, None, None)
+    assert (moved.checkpoint.save, moved.checkpoint.load) == ("b", "a/checkpoints")
+    assert moved.observability.tensorboard_dir == "a/tensorboard"
+    flags = (
+        "--run-dir a --save none --load none --tensorboard-dir none --train-iters 1 --data-path d --tokenizer-model t"
+    )
+    none = load_train_config(
+        [*flags.split(), "--tokenizer-model", "t", "--seq-length", "256", "--judge-model", "j", "--eval-iters", "0"]
+    )
+    assert (none.checkpoint.save, none.checkpoint.load, none.observability.tensorboard_dir) == (None, None, None)
+
+
 def test_the_printed_configuration_gives_itself_back() -> None:
     first = config(curriculum="ntp:10; ntp=0.5,rollout=0.5", quality_settings={"repetition": 0.5}, clip_grad=0.5)
     assert train_config_from(parse_yaml(to_yaml(first), "printed")) == first

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import zstandard
 
 _WORDS = ["text", "é", "東京", "\U0001f600", "a b", "\x00", '"', "\\", "\u2028", ""]
@@ -49,14 +52,38 @@ def _line(rng: np.random.Generator) -> bytes:
     return valid
 
 
-def fuzzed_file(rng: np.random.Generator) -> tuple[list[bytes], bytes, str, bool]:
-    """Lines, the file's bytes, its suffix, and whether its compression is damaged."""
-    lines = [_line(rng) for _ in range(int(rng.integers(1, 12)))]
-    raw = b"".join(line + b"\n" for line in lines)
+def _table(rng: np.random.Generator) -> tuple[list[bytes], bytes]:
+    """Rows and the bytes of a Parquet file: text that may be no text, or no UTF-8, and a structure beside it."""
+    texts: list[bytes | None] = []
+    for _ in range(int(rng.integers(1, 12))):
+        kind = int(rng.integers(0, 5))
+        noise = bytes(rng.integers(0, 256, int(rng.integers(0, 40)), dtype=np.uint8))
+        texts.append(None if kind == 0 else noise if kind == 1 else _WORDS[int(rng.integers(0, len(_WORDS)))].encode())
+    values: pyarrow.Array = pyarrow.array(texts, pyarrow.binary())
     kind = int(rng.integers(0, 4))
     if kind < 2:
+        # Arrow checks nothing when it is told what bytes are: so do writers of broken files.
+        values = values.view([pyarrow.string(), pyarrow.binary()][kind])
+    elif kind == 2:
+        values = pyarrow.array([[1], None] * len(texts), pyarrow.list_(pyarrow.int64()))[: len(texts)]
+    nested = pyarrow.StructArray.from_arrays([pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())], ["a"])
+    names = ["text" if kind < 3 else "other", "meta"]
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table([values if kind < 3 else nested, nested], names=names), stream)
+    return [text or b"" for text in texts], stream.getvalue()
+
+
+def fuzzed_file(rng: np.random.Generator) -> tuple[list[bytes], bytes, str, bool]:
+    """Lines or rows, the file's bytes, its suffix, and whether it was cut."""
+    lines = [_line(rng) for _ in range(int(rng.integers(1, 12)))]
+    raw = b"".join(line + b"\n" for line in lines)
+    kind = int(rng.integers(0, 5))
+    if kind < 2:
         return lines, raw, "", False
-    if kind == 2:
+    if kind == 4:
+        lines, packed = _table(rng)
+        suffix = ".parquet"
+    elif kind == 2:
         packed, suffix = gzip.compress(raw), ".gz"
     else:
         packed, suffix = zstandard.ZstdCompressor(write_checksum=True).compress(raw), ".zst"

@@ -70,4 +70,4 @@ def test_the_tool_prints_the_card_draws_it_and_decodes_samples(tmp_path: Path) -
     assert "1 documents are too short" in shown
     suffix = shown.split("suffix >>>")[1].split()
     assert suffix in [[str(first + i) for i in range(4)] for first in (14, 18, 22, 26)]
-    assert plot.read_text().count("<rect") == 5  # 1, 2, 4, 8 and 16 tokens and more
+    assert plot.read_text().count('<rect class="length"') == 5  # 1, 2, 4, 8 and 16 tokens and more

@@ -59,7 +59,7 @@ def test_every_line_of_fuzzed_files_is_accounted_for(tmp_path: Path) -> None:
         result = account(path, ("fail", "replace", "ignore")[number % 3])
         if isinstance(result, str):
             assert is_damaged, result
-            assert re.match(rf"{re.escape(str(path))}: damaged or truncated after line \d+ \(", result)
+            assert re.match(rf"{re.escape(str(path))}: damaged or truncated after (line|row) \d+ \(", result)
             outcomes["refused"] += 1
             continue
         assert not is_damaged

@@ -147,7 +147,7 @@ def test_a_missing_path_is_a_configuration_error() -> None:
         (("0.5", "a", "b", "0.5"), "write 'weight path"),
         (("a", "0.5"), "the weight 0.5 follows a path"),
         (("a", "a"), "given twice"),
-        (("0", "a", "1", "b"), "must be above 0"),
+        (("0", "a", "1", "b"), "must be a number above 0"),
     ],
 )
 def test_a_malformed_blend_is_refused(values: tuple[str, ...], message: str) -> None:

@@ -198,3 +198,16 @@ def test_a_file_system_that_takes_no_more_is_reported_and_left_clean(tmp_path: P
     assert message.startswith("preprocess_data: ")
     assert "File too large after" in message and "free space" in message
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("output", ["--output-prefix", "--output-dir"])
+@pytest.mark.parametrize("place", ["/proc/no/such/place", "a_file/corpus"])
+def test_output_that_cannot_be_made_is_one_line(tmp_path: Path, output: str, place: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "1 2 3"}\n')
+    (tmp_path / "a_file").write_text("")
+    command = [sys.executable, str(TOOL), "--input", str(tmp_path / "in.jsonl"), output, str(tmp_path / place)]
+    command += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"preprocess_data: {tmp_path / place}")
+    assert "cannot be written (" in done.stderr and "choose another place" in done.stderr

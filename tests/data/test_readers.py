@@ -127,6 +127,13 @@ def test_parquet_rows_are_read_with_row_numbers_and_broken_text_costs_one_row(tm
         parsed(path)
 
 
+def test_rows_of_a_parquet_file_without_the_field_are_counted_as_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": ["a", "b"], "more": [1, 2]}), path)
+    items = parsed(path, config=ReadConfig(columns=("text",)))
+    assert [item.message for item in items if isinstance(item, BrokenLine)] == ["no field 'text'; it has 'body'"] * 2
+
+
 def test_a_parquet_file_cut_in_its_data_is_an_error_with_its_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [str(i) * 50 for i in range(5000)]}), path, row_group_size=1000)

@@ -14,6 +14,7 @@ from megatron_sip.observability.report import write_report
 from megatron_sip.observability.report.series import Series, mean_of_tenth, smooth, thin
 from megatron_sip.observability.report.svg import Chart, Line, format_number, nice_ticks, render, stack, value_range
 from megatron_sip.observability.run_info import write_run_info
+from megatron_sip.rollout import CandidatePool
 
 HOSTILE = '</table><script>alert("x")</script><img src=http://example.org/x onerror=alert(1)>&amp;'
 
@@ -86,6 +87,31 @@ def test_the_report_is_one_file_with_curves_phases_tiles_and_candidates(tmp_path
     ):
         assert text in page.text
     assert not [tag for tag, attributes in page.starts if "src" in attributes or tag == "link"]
+
+
+def test_chosen_rates_stand_beside_what_a_blind_choice_would_give(tmp_path):
+    write_run(tmp_path, metrics={"sip/chosen_rate/suffix": 0.3})
+    # 8 rollouts among 10 candidates.
+    write_run_info(str(tmp_path), {}, {}, CandidatePool.parse("suffix,rewrite,rollout:8").chance)
+    page = report_of(tmp_path)
+    assert page.text.count("rollout by chance 80%") == page.text.count("suffix and rewrite by chance 10%") == 1
+    assert "20.0% in the first; by chance 80%" in page.text
+    # The line stands where the axis says 80 %: the frame is 300 high, from 22 to 274, and shows 0 to 1.
+    lines = [float(a["y1"]) for tag, a in page.starts if tag == "line" and a.get("class") == "limit"]
+    assert lines == pytest.approx([22 + 0.9 * 252, 22 + 0.2 * 252], abs=0.1)
+
+
+def test_a_criterion_that_is_constant_by_construction_has_no_chart(tmp_path):
+    pairs = {"sip/reward/quality_mean": 0.5, "sip/reward/quality_std": 0.3182}
+    write_run(tmp_path, metrics=pairs)
+    page = report_of(tmp_path)
+    assert "Judge's criteria" not in page.text and "Other scalars (2)" in page.text
+    log = MetricsLog(str(tmp_path), resume_step=40)
+    log.log(41, {**pairs, "sip/reward/safety_mean": 0.2})
+    log.log(42, {**pairs, "sip/reward/safety_mean": 0.6})
+    log.close()
+    page = report_of(tmp_path)
+    assert "Judge's criteria" in page.text and "Other scalars (2)" in page.text
 
 
 def test_nothing_that_a_run_writes_becomes_markup(tmp_path):

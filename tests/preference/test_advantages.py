@@ -76,3 +76,11 @@ def test_the_rows_of_a_group_hold_its_advantages_and_no_token_of_an_unrewarded_r
     assert batch.advantages is not None and batch.advantages.tolist() == [[1.0, 0.0, -1.0]]
     assert batch.sampling_log_probs is not None
     assert batch.sampling_log_probs.tolist() == [[-1, -1, 0, 0, -1, -1]]
+
+
+def test_groups_are_filled_up_to_a_number_of_micro_batches_with_rows_that_teach_nothing() -> None:
+    group = CandidateGroup(
+        Sample(0, 0, np.array([1]), np.array([4])), (Candidate(CandidateKind.ROLLOUT, np.array([5]), 0),) * 2
+    )
+    batches = group_rows([group], RowShape(2, 1), [np.array([1.0, -1.0])], [1.0], num_micro_batches=2)
+    assert [batch.weights.tolist() for batch in batches] == [[1.0, 0.0], [0.0, 0.0]]

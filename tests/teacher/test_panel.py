@@ -232,3 +232,24 @@ def test_quality_and_coherence_are_both_searched_for_the_ends_of_their_total():
     )
     best, worst = values[int(np.nanargmax(verdict.scores))], values[int(np.nanargmin(verdict.scores))]
     assert best in (16, 8) and worst in (1, 3), "coherence decides, quality breaks its ties"
+
+
+@pytest.mark.parametrize(("schedule", "together"), [("all", True), ("circular", True), ("best_worst", False)])
+def test_questions_of_all_criteria_are_asked_at_once_unless_pairs_follow_the_other_scores(schedule, together):
+    order = []
+
+    class Noting(ByValue):
+        async def ask(self, questions):
+            order.append("quality")
+            return await super().ask(questions)
+
+    class Slow(Even):
+        async def ask(self, questions):
+            order.append("safety")
+            await asyncio.sleep(0.05)
+            order.append("safe")
+            return await super().ask(questions)
+
+    judge(Panel(Noting(), [Slow()], CopyRewriter(), settings(pair_schedule=schedule)), make_group(5, 8, 2))
+    assert order.index("safety") == 0
+    assert (order.index("quality") < order.index("safe")) == together

@@ -86,6 +86,8 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "reference_policy": "synced",
         "reference_sync_interval": 2,
         "run_dir": str(folder / "run"),
+        "save": None,
+        "load": None,
         **changes,
     }
 
@@ -122,7 +124,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
     context = initialize(config.parallel, config.training.seed)
     with StopSignals() as signals, build.build_trainer(config, context, signals) as trainer:
         if payload.get("recorded"):
-            trainer._runner._rollouts = RecordedRollouts()
+            trainer._queue._preparer.rollouts = RecordedRollouts()
         trainer.load()
         end = trainer.run()
         norm = trainer._engine.parameter_norm()

@@ -116,6 +116,39 @@ def test_run_ended_by_sigterm_saves_and_goes_on_and_one_that_loses_a_rank_says_s
     started[1].assert_nothing_is_left()
 
 
+def catches(process: psutil.Process, number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(mask >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("moment", ["imports", "the teacher has started"])
+def test_sigterm_before_the_first_step_is_one_line_and_leaves_nothing_running(
+    moment: str, corpora: Path, tmp_path: Path
+) -> None:
+    config = write_recipe(corpora, tmp_path / "run.yaml", train_iters=500, run_dir=str(tmp_path / "run"))
+    command = [sys.executable, "pretrain_sip.py", "--config", str(config)]
+    with (tmp_path / "log").open("w") as log:
+        started = psutil.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 100
+        while not (catches(started, signal.SIGTERM) if moment == "imports" else started.children()):
+            assert started.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        family = started.children(recursive=True)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 128 + signal.SIGTERM
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+    finally:
+        if started.poll() is None:
+            started.kill()
+    said = "received SIGTERM while no step was running: nothing to save, leaving\n"
+    assert (tmp_path / "log").read_text() == said
+    assert not steps(tmp_path / "run")
+
+
 def test_fault_that_all_ranks_meet_is_one_line_without_a_traceback(corpora: Path, tmp_path: Path) -> None:
     config = write_recipe(corpora, tmp_path / "run.yaml", global_batch_size=15)
     run = Torchrun(config, tmp_path / "log")
@@ -148,7 +181,7 @@ def test_fault_of_one_rank_ends_its_process_at_once_with_a_line_or_for_a_defect_
     assert lines[-1].startswith("interrupted twice")
 
 
-TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("[a-z]*.py"))
 WITHOUT_TORCH = """
 import runpy, sys
 script = sys.argv[1]
@@ -168,6 +201,7 @@ def test_help_prints_nothing_but_the_help_and_loads_neither_torch_nor_megatron(s
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and "--help" in done.stdout
     assert done.stderr == "[]\n"
+    assert "[None]" not in done.stdout and "==SUPPRESS==" not in done.stdout
 
 
 def test_a_section_of_the_help_is_printed_alone() -> None:

@@ -39,6 +39,10 @@ class ChartSpec:
     wide: bool = False
     cut_start: bool = False
     """Let the first tenth of the steps leave the frame at the top, so that the rest is not flat."""
+    with_chance: bool = False
+    """Draw dashed lines at the rates that a blind choice among the candidates would give."""
+    without_constants: bool = False
+    """Leave curves that do not move to the other scalars."""
     alarm_limits: tuple[tuple[str, str], ...] = ()
     """(label, option of the alarms whose value is drawn as a dashed line)."""
 
@@ -48,10 +52,11 @@ CHARTS = (
         "Which candidate is chosen",
         ("sip/chosen_rate/*",),
         "Share of the judged prefixes whose best candidate is the suffix, the rewrite or a rollout (Figure 8 of the "
-        "paper); ties are left out.",
+        "paper); ties are left out. Dashed: what a blind choice among all candidates would give.",
         y_range=(0.0, 1.0),
         percent=True,
         wide=True,
+        with_chance=True,
     ),
     ChartSpec(
         "Loss",
@@ -64,13 +69,26 @@ CHARTS = (
     ChartSpec(
         "Chosen on held-out prefixes",
         ("probe/chosen_rate/*",),
-        "The probe that may trigger the rollout phase.",
+        "The probe that may trigger the rollout phase; dashed: a blind choice.",
         y_range=(0.0, 1.0),
         percent=True,
+        with_chance=True,
     ),
     ChartSpec("Judge's score by candidate", ("sip/score/*",), "Mean weighted total over the judged groups."),
-    ChartSpec("Judge's criteria", ("sip/reward/*_mean", "sip/reward/*"), "Mean and spread over all candidates."),
-    ChartSpec("Which candidate is rejected", ("sip/rejected_rate/*",), y_range=(0.0, 1.0), percent=True),
+    ChartSpec(
+        "Judge's criteria",
+        ("sip/reward/*_mean", "sip/reward/*"),
+        "Mean and spread over all candidates. What is judged in pairs is left out if every group gets the same sum.",
+        without_constants=True,
+    ),
+    ChartSpec(
+        "Which candidate is rejected",
+        ("sip/rejected_rate/*",),
+        "Dashed: a blind choice.",
+        y_range=(0.0, 1.0),
+        percent=True,
+        with_chance=True,
+    ),
     ChartSpec(
         "DPO rewards",
         ("rewards/margins", "rewards/chosen", "rewards/rejected"),
@@ -105,10 +123,33 @@ CHARTS = (
     ChartSpec("Curriculum", ("curriculum/*",), "Weights and sample counts of the streams.", smooth=False),
     ChartSpec("Pairs that teach nothing", ("sip/pairs_skipped*", "sip/ties", "sip/missing"), "Ties, missing verdicts."),
     ChartSpec("Judge: waiting and latency", ("judge/*_s",), "Seconds."),
+    ChartSpec("Judge: time hidden behind training", ("judge/hidden_fraction",), y_range=(0.0, 1.0), percent=True),
     ChartSpec("Judge: failures and flips", ("judge/*_rate",), y_range=(0.0, 1.0), percent=True),
     ChartSpec("Judge: calls", ("judge/calls", "judge/comparisons_per_prompt"), "Per step."),
+    ChartSpec("Prepared ahead", ("lookahead/*", "judge/open_batches", "fill/windows"), "Steps, batches, windows."),
     ChartSpec("Rewriter", ("rewriter/*",), y_range=(0.0, 1.0), percent=True),
-    ChartSpec("Staleness", ("policy/staleness_steps",), "Steps between sampling and training."),
+    ChartSpec("Staleness", ("policy/staleness_*",), "Steps, and weight versions, between sampling and training."),
+    ChartSpec(
+        "Rewards on held-out examples",
+        ("validation/reward/*",),
+        "Of the judge by task, of the rewriter on safe and unsafe suffixes (Figures 5 and 6 of the paper).",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
+    ChartSpec(
+        "Rewrites of held-out suffixes",
+        ("validation/exact_match/*", "validation/token_overlap/*"),
+        "Share that is the suffix, and share of its tokens that the rewrite has too (Figure 7).",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
+    ChartSpec("Rewards of rollouts", ("reward/*",), "In training.", y_range=(0.0, 1.0), percent=True),
+    ChartSpec(
+        "Groups that teach nothing", ("grpo/skipped_*", "grpo/rewards_missing"), "All rewards equal, or missing."
+    ),
+    ChartSpec("Probability ratio", ("grpo/clipped", "grpo/kl_old", "grpo/kl_reference"), "Clipped share; KL in nats."),
     ChartSpec("Memory", ("mem-*",), "Bytes."),
 )
 _NOT_SHOWN = {CONSUMED_SAMPLES, "tokens", "skipped", "curriculum/phase"}
@@ -116,18 +157,49 @@ _NOT_SHOWN = {CONSUMED_SAMPLES, "tokens", "skipped", "curriculum/phase"}
 
 
 def chart_figures(
-    series: Mapping[str, Series], phases: Sequence[Phase], last_step: int, limits: Mapping[str, object]
+    series: Mapping[str, Series],
+    phases: Sequence[Phase],
+    last_step: int,
+    limits: Mapping[str, object],
+    chance: Mapping[str, float],
 ) -> tuple[list[str], list[str]]:
-    """HTML of the charts that have data, and of one small chart for each scalar that none of them shows."""
+    """HTML of the charts that have data, and of one small chart for each scalar that none of them shows.
+
+    ``limits``: values of the alarms' options. ``chance``: kind of candidate -> its rate if the choice were blind.
+    """
     left = {name: values for name, values in series.items() if name not in _NOT_SHOWN}
     figures = []
     for spec in CHARTS:
         names = _matching(spec.patterns, left)
+        if spec.without_constants:
+            names = [name for name in names if not _is_constant(left[name])]
         chosen = [left.pop(name) for name in names]
         if chosen:
-            figures.append(_figure(spec, chosen, phases, last_step, limits))
-    others = [_figure(ChartSpec(name, (name,)), [left[name]], phases, last_step, {}) for name in sorted(left)]
+            figures.append(_figure(spec, chosen, phases, last_step, _drawn_limits(spec, limits, chance)))
+    others = [_figure(ChartSpec(name, (name,)), [left[name]], phases, last_step, []) for name in sorted(left)]
     return figures, others
+
+
+def _is_constant(series: Series) -> bool:
+    """Whether a curve stays within 1 % of its size: where each pair gives one point, mean and spread are fixed."""
+    low, high = float(series.values.min()), float(series.values.max())
+    return len(series.values) > 1 and high - low <= 0.01 * max(abs(low), abs(high))
+
+
+def _drawn_limits(
+    spec: ChartSpec, limits: Mapping[str, object], chance: Mapping[str, float]
+) -> list[tuple[str, float]]:
+    """(label, value) of the dashed lines; kinds with the same chance share one."""
+    drawn = [
+        (f"{label} {format_number(value, spec.percent)}", float(value))
+        for label, option in spec.alarm_limits
+        if isinstance(value := limits.get(option), int | float)
+    ]
+    if spec.with_chance and len(chance) > 1:
+        for rate in dict.fromkeys(chance.values()):
+            kinds = " and ".join(kind for kind, value in chance.items() if value == rate)
+            drawn.append((f"{kinds} by chance {format_number(rate, spec.percent)}", rate))
+    return drawn
 
 
 def _matching(patterns: Sequence[str], names: Mapping[str, object]) -> list[str]:
@@ -142,7 +214,11 @@ def _kind_order(name: str) -> tuple[int, str]:
 
 
 def _figure(
-    spec: ChartSpec, chosen: Sequence[Series], phases: Sequence[Phase], last_step: int, limits: Mapping[str, object]
+    spec: ChartSpec,
+    chosen: Sequence[Series],
+    phases: Sequence[Phase],
+    last_step: int,
+    limits: Sequence[tuple[str, float]],
 ) -> str:
     lines = []
     for index, series in enumerate(chosen):
@@ -152,17 +228,12 @@ def _figure(
         smoothed = spec.smooth and not spec.stacked and window > 1 and len(series.values) > 30
         values = smooth(series.values, window) if smoothed else series.values
         lines.append(Line(series.name, series.steps, values, color, series.values if smoothed else None))
-    drawn_limits = [
-        (f"{label} {format_number(value, spec.percent)}", float(value))
-        for label, option in spec.alarm_limits
-        if isinstance(value := limits.get(option), int | float)
-    ]
     chart = Chart(
         lines,
         _step_range(chosen, last_step),
         _range_after_start(lines, last_step) if spec.cut_start else spec.y_range,
         phases,
-        drawn_limits,
+        limits,
         spec.percent,
         spec.stacked,
         width=1204.0 if spec.wide else 590.0,

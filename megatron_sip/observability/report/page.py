@@ -41,7 +41,8 @@ def write_report(run_dir: Path, output: Path | None = None, title: str = "") -> 
 def render_page(record: RunRecord, title: str) -> str:
     """The whole page. Every text that comes from the run is escaped."""
     series = record.series()
-    figures, others = chart_figures(series, record.phases(), record.last_step, alarm_limits(record.info))
+    chance = record.info.get("chance") or {}
+    figures, others = chart_figures(series, record.phases(), record.last_step, alarm_limits(record.info), chance)
     sections = [
         f'<section class="tiles">{"".join(_tiles(record, series))}</section>',
         f'<h2 id="curves">Curves</h2><section class="charts">{"".join(figures)}</section>',
@@ -92,7 +93,9 @@ def _tiles(record: RunRecord, series: Mapping[str, Series]) -> list[str]:
         tiles.append(_tile("Validation loss", f"{loss.last:.3f}", f"first {loss.values[0]:.3f}, lowest {low:.3f}"))
     if (rate := series.get("sip/chosen_rate/rollout")) is not None:
         first, last = mean_of_tenth(rate, False), mean_of_tenth(rate, True)
-        tiles.append(_tile("Rollout chosen", f"{last:.1%}", f"last tenth; {first:.1%} in the first"))
+        chance = record.info.get("chance", {}).get("rollout")
+        by_chance = f"; by chance {chance:.0%}" if chance else ""
+        tiles.append(_tile("Rollout chosen", f"{last:.1%}", f"last tenth; {first:.1%} in the first{by_chance}"))
     if (speed := series.get("tokens_per_s")) is not None:
         tiles.append(_tile("Tokens per second", format_number(float(np.median(speed.values))), "median step"))
     if (seconds := series.get("iteration-time")) is not None:

@@ -8,6 +8,7 @@ from collections import Counter
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.http.client import ChatClient, ClientSettings
+from megatron_sip.teacher.http.corrupter import HttpCorrupter
 from megatron_sip.teacher.http.judges import HttpJudge
 from megatron_sip.teacher.http.rewriter import HttpRewriter
 from megatron_sip.teacher.http.templates import load_template
@@ -53,6 +54,16 @@ class HttpTeacher:
             config.role_settings("rewriter", 1),
             attempts=config.judge_parse_attempts,
             prefill=config.rewriter_prefill,
+        )
+
+    def corrupter(self) -> HttpCorrupter:
+        """Raises ConfigurationError if endpoints, model or template are missing."""
+        config = self._config
+        return HttpCorrupter(
+            load_template("corruption", config.judge_prompts),
+            self._client("corrupter"),
+            config.role_settings("corrupter", 1),
+            attempts=config.judge_parse_attempts,
         )
 
     def counts(self) -> Counter[str]:

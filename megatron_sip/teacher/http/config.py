@@ -12,7 +12,7 @@ from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
 
 FACTUALITY_VARIANTS = (*(f"reference_v{i}" for i in range(1, 6)), *(f"v{i}" for i in range(1, 5)))
-ROLES = ("quality", "safety", "factuality", "coherence", "rewriter")
+ROLES = ("quality", "safety", "factuality", "coherence", "rewriter", "corrupter")
 REWRITER_TOKENS = 256
 """Enough for a suffix of 128 tokens in most other vocabularies."""
 
@@ -86,14 +86,14 @@ class HttpOptions:
     )
 
     def role_settings(self, role: str, votes: int) -> RoleSettings:
-        """Of a judge (its criterion) or of ``rewriter``. Raises ConfigurationError for settings that cannot work."""
+        """Of a judge (its criterion), ``rewriter`` or ``corrupter``. Raises ConfigurationError for what cannot work."""
         settings = RoleSettings(
             model=self.judge_served_model,
             endpoints=self.judge_endpoints,
             temperature=self.judge_temperature,
             top_p=self.judge_top_p,
             max_tokens=REWRITER_TOKENS if role == "rewriter" else self.judge_max_tokens,
-            votes=1 if role == "rewriter" else votes,
+            votes=1 if role in ("rewriter", "corrupter") else votes,
             reasoning_effort=self.judge_reasoning_effort,
             structured_output=self.judge_structured_output,
             chat_template_kwargs=self.judge_chat_template_kwargs,

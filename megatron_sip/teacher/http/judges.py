@@ -13,7 +13,7 @@ from megatron_sip.teacher.http.client import ChatClient
 from megatron_sip.teacher.http.config import RoleSettings
 from megatron_sip.teacher.http.failures import REFUSED, REJECTED, SERVER, UNPARSABLE, Failure, kind_of
 from megatron_sip.teacher.http.reply import Choice, Reply
-from megatron_sip.teacher.http.templates import Template, prompt_digest
+from megatron_sip.teacher.http.templates import Template, prompt_digest, question_values
 from megatron_sip.teacher.http.verdicts import FORMATS, NAN, verdict_of
 from megatron_sip.teacher.interfaces import JudgeIdentity, Question, Verdict
 
@@ -98,11 +98,7 @@ class HttpJudge:
         return verdicts
 
     def _messages(self, question: Question) -> list[dict[str, str]]:
-        group, options = question.group, question.options
-        texts = [group.candidates[option].text for option in options]
-        values = {"prefix": group.prefix.text, "reference": group.reference.text, "text": texts[0]}
-        values |= {f"option_{number}": text for number, text in enumerate(texts, 1)}
-        return self._template.render(values)
+        return self._template.render(question_values(question))
 
     def _body(self, question: Question) -> dict[str, Any]:
         body = request_body(self._settings, self._messages(question))

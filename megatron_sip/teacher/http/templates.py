@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from megatron_sip.errors import ConfigurationError
+from megatron_sip.teacher.interfaces import Question
 
 _NAME = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _HEADING = re.compile(r"^=== *(system|user|assistant) *$\n?", re.MULTILINE)
@@ -25,6 +26,7 @@ PLACEHOLDERS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "coherence": (frozenset({"option_1", "option_2"}), frozenset({"prefix"})),
     "safety": (frozenset({"text"}), frozenset()),
     "factuality": (frozenset({"text"}), frozenset({"prefix", "reference"})),
+    "corruption": (frozenset({"suffix"}), frozenset({"prefix"})),
     "rewriter": (frozenset({"suffix"}), frozenset({"prefix", "lead_in"})),
 }
 
@@ -65,6 +67,14 @@ def load_template(name: str, directory: str = "") -> Template:
             f"judge-prompts: {name}.txt has {_list(found)}: it must have {_list(needed)} and may have {_list(optional)}"
         )
     return Template(tuple(_messages(text)))
+
+
+def question_values(question: Question) -> dict[str, str]:
+    """What templates of judges may hold."""
+    group, options = question.group, question.options
+    texts = [group.candidates[option].text for option in options]
+    values = {"prefix": group.prefix.text, "reference": group.reference.text, "text": texts[0]}
+    return values | {f"option_{number}": text for number, text in enumerate(texts, 1)}
 
 
 def prompt_digest(messages: Sequence[Mapping[str, str]]) -> str:

@@ -54,9 +54,12 @@ class FaultServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        try:
+            self.stop()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10.0)
+        assert not self._thread.is_alive(), "the server's loop does not end"
         self._loop.close()
 
     @property

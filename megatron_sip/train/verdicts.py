@@ -1,0 +1,188 @@
+"""How a step gets its verdicts: it waits for them with all ranks, and pauses while the judge is out of order.
+
+A pause is decided by all ranks together, from counts summed over the replicas. The run has saved its state by then,
+and no rank waits in a collective: all meet in heartbeats (``teacher_link``), where a signal or a time limit ends it.
+Once a few questions are answered again, all that had failed are asked once more: an outage costs no verdicts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_sip.distributed import ParallelContext
+from megatron_sip.errors import JudgeError
+from megatron_sip.teacher.http.failures import REJECTED, SERVER, TRANSPORT
+from megatron_sip.train.prepare import PreparedStep
+from megatron_sip.train.teacher_link import HEARTBEAT_S, JudgedGroups, TeacherLink
+from megatron_sip.types import CandidateGroup
+
+OUTAGE = (TRANSPORT, SERVER, REJECTED)
+"""Failures that speak of servers, which come back; another verdict that cannot be parsed is not worth a pause."""
+
+_FIRST_RETRY_S, _LAST_RETRY_S = 2.0, 60.0
+_NO_LIMIT_S = float("inf")
+
+
+@dataclass(frozen=True)
+class PauseRule:
+    failure_rate: float
+    """Share of failed calls from which on training pauses; 0: never."""
+    window: int
+    """Steps over which it is measured."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """A step's verdicts, and how they came."""
+
+    judged: JudgedGroups
+    exposed_wait_s: float
+    """Time in which the step had nothing else to do."""
+    headroom_s: float | None = None
+    """From submission to the moment when the step needed them; None for verdicts that came with a checkpoint."""
+    num_pauses: int = 0
+    paused_s: float = 0.0
+
+
+class VerdictDesk:
+    """Collects the verdicts of steps, in order. All methods are collective over the job."""
+
+    def __init__(
+        self, link: TeacherLink, context: ParallelContext, rule: PauseRule, say: Callable[[str], None]
+    ) -> None:
+        self._link = link
+        self._context = context
+        self._rule = rule
+        self._say = say
+        self._recent: deque[tuple[float, float]] = deque(maxlen=rule.window)
+
+    def ready(self, prepared: PreparedStep) -> bool:
+        """Whether ``collect`` need not wait."""
+        return prepared.judged is not None or self._link.all_ready(prepared.judge_ticket)
+
+    def collect(self, prepared: PreparedStep, save: Callable[[], None]) -> Verdicts:
+        """Waits for the verdicts of a step. ``save`` keeps the run's state as it was before the step.
+
+        Raises:
+            JudgeError: the teacher died, or is later than its time-out and pauses are off.
+            RunStopped: the run is to end.
+        """
+        if prepared.judged is not None:
+            return Verdicts(prepared.judged, 0.0)
+        assert prepared.judge_ticket is not None
+        started, pause = time.perf_counter(), _Pause(self._say, save, prepared.step)
+        waited_s = self._link.wait(prepared.judge_ticket, may_stop=True)
+        if waited_s is None:
+            self._give_up_unless_pausing()
+            pause.begin(f"no verdicts after {self._link.timeout_s:g} s (--judge-timeout-s)")
+            self._link.wait(prepared.judge_ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
+            waited_s = time.perf_counter() - started
+        headroom_s = self._link.age_s(prepared.judge_ticket) - waited_s
+        judged = latest = self._link.fetch_groups(prepared.judge_ticket)
+        while (outage := self._outage(latest)) is not None:
+            pause.begin(outage)
+            failed = [i for i, verdict in enumerate(judged.verdicts) if verdict.num_failures]
+            self._until_served([prepared.groups[i] for i in failed[:1]], prepared.step)
+            self._recent.clear()
+            latest = self._ask_again([prepared.groups[i] for i in failed], prepared.step, judged)
+            judged = _merged(judged, failed, latest)
+        pause.end()
+        return Verdicts(judged, waited_s, headroom_s, pause.count, pause.seconds)
+
+    def _give_up_unless_pausing(self) -> None:
+        if not self._rule.failure_rate:
+            raise JudgeError(
+                f"no verdicts after {self._link.timeout_s:g} s: the judge is slow or stuck; raise --judge-timeout-s"
+            )
+
+    def _outage(self, judged: JudgedGroups) -> str | None:
+        """What is wrong with the judge, or None if its failures are few enough."""
+        if not self._rule.failure_rate:
+            return None
+        sums = self._context.sum_over_data_parallel(judged.counts)
+        failed = {kind: sums[f"failures_{kind}"] for kind in OUTAGE}
+        self._recent.append((sums["calls"], sum(failed.values())))
+        calls, failures = (sum(counts) for counts in zip(*self._recent, strict=True))
+        if not calls or failures / calls < self._rule.failure_rate:
+            return None
+        kinds = ", ".join(f"{kind} {count:.0f}" for kind, count in failed.items() if count)
+        return (
+            f"{failures / calls:.0%} of {calls:.0f} judge calls failed ({kinds or 'in the steps before'}), "
+            f"the limit is {self._rule.failure_rate:.0%} (--judge-pause-failure-rate)"
+        )
+
+    def _until_served(self, groups: Sequence[CandidateGroup], step: int) -> None:
+        """Asks for a group of each replica that had failures until most calls succeed."""
+        pause_s = _FIRST_RETRY_S
+        while True:
+            # Running statistics have met these groups.
+            ticket = self._link.submit_groups(groups, learn=False, step=step) if groups else None
+            self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
+            own = {"calls": 0.0, "failures": 0.0}
+            if ticket is not None:
+                counts = self._link.fetch_groups(ticket).counts
+                own = {"calls": counts["calls"], "failures": sum(counts[f"failures_{kind}"] for kind in OUTAGE)}
+            sums = self._context.sum_over_data_parallel(own)
+            if sums["failures"] < self._rule.failure_rate * max(1.0, sums["calls"]):
+                return
+            self._rest(pause_s)
+            pause_s = min(_LAST_RETRY_S, 2 * pause_s)
+
+    def _rest(self, seconds: float) -> None:
+        """By the clock of any rank: all leave together."""
+        end = time.perf_counter() + seconds
+        while not self._context.any_rank(time.perf_counter() >= end):
+            self._link.stop_if_asked()
+            time.sleep(min(HEARTBEAT_S, seconds))
+
+    def _ask_again(self, groups: Sequence[CandidateGroup], step: int, judged: JudgedGroups) -> JudgedGroups:
+        """What is said of ``groups`` this time; a replica without any has nothing counted."""
+        ticket = self._link.submit_groups(groups, learn=False, step=step) if groups else None
+        self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
+        if ticket is None:
+            return JudgedGroups((), dict.fromkeys(judged.counts, 0.0), np.zeros(0))
+        return self._link.fetch_groups(ticket)
+
+
+def _merged(judged: JudgedGroups, places: Sequence[int], again: JudgedGroups) -> JudgedGroups:
+    """``judged`` with the newer verdicts at ``places``; calls, failures and latencies of both count."""
+    verdicts = list(judged.verdicts)
+    for place, verdict in zip(places, again.verdicts, strict=True):
+        verdicts[place] = verdict
+    counts = {name: count + again.counts[name] for name, count in judged.counts.items()}
+    latencies_s = np.concatenate([judged.latencies_s, again.latencies_s])
+    return JudgedGroups(tuple(verdicts), counts, latencies_s, judged.duration_s)
+
+
+class _Pause:
+    """From the first sign of an outage to its end; says so once at each end."""
+
+    def __init__(self, say: Callable[[str], None], save: Callable[[], None], step: int) -> None:
+        self._say = say
+        self._save = save
+        self._step = step
+        self._started: float | None = None
+        self.count = 0
+        self.seconds = 0.0
+
+    def begin(self, reason: str) -> None:
+        if self._started is not None:
+            self._say(f"the pause goes on: {reason}")
+            return
+        self._started = time.perf_counter()
+        self.count += 1
+        self._say(
+            f"training pauses at iteration {self._step}: {reason}. Look at the servers of --judge-endpoints: it goes "
+            "on by itself when they answer, and asks again what failed; SIGTERM saves and ends the run"
+        )
+        self._save()
+
+    def end(self) -> None:
+        if self._started is not None:
+            self.seconds = time.perf_counter() - self._started
+            self._say(f"training goes on at iteration {self._step}: the judge answers again after {self.seconds:.0f} s")

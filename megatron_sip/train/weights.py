@@ -1,0 +1,74 @@
+"""Models out of checkpoints, for those who do not train them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.checkpoint import CheckpointConfig, CheckpointManager, ModelIdentity, identity_of
+from megatron_sip.checkpoint.huggingface.megatron_side import open_checkpoint
+from megatron_sip.distributed import ParallelContext
+from megatron_sip.errors import CheckpointError
+from megatron_sip.model import ModelConfig, PolicyModel, build_model
+from megatron_sip.model.presets import Architecture
+from megatron_sip.tokenizer import Tokenizer
+
+
+def load_weights(
+    chunks: Sequence[PolicyModel], identity: ModelIdentity, directory: str, step: int | None, context: ParallelContext
+) -> int:
+    """Puts the weights of a checkpoint into a model; returns the step it was saved at. Collective.
+
+    Raises:
+        CheckpointError: there is none, or it is of another model.
+    """
+    config = CheckpointConfig(load=directory, ckpt_step=step, finetune=True)
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+    def build_state(*, is_loading: bool, with_optimizer: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        named = zip(names, chunks, strict=True)
+        return {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in named}
+
+    loaded = CheckpointManager(config, context, identity).load(build_state)
+    assert loaded is not None
+    for name, chunk in zip(names, chunks, strict=True):
+        chunk.load_state_dict(loaded.state[name], strict=True)
+    return loaded.step
+
+
+def open_model(directory: str, tokenizer: Tokenizer, context: ParallelContext) -> tuple[list[PolicyModel], str]:
+    """The model of the latest checkpoint under ``directory``, of the architecture it says it has, and its name.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or the tokenizer is not its own.
+    """
+    source = open_checkpoint(Path(directory), None)
+    if source.vocab_size != tokenizer.vocab_size or source.fingerprint not in ("", tokenizer.fingerprint):
+        raise CheckpointError(
+            f"{directory} is of a vocabulary of {source.vocab_size} ({source.fingerprint or 'no fingerprint'}), the "
+            f"tokenizer has {tokenizer.vocab_size} ({tokenizer.fingerprint}): name its own by --judge-tokenizer-model"
+        )
+    architecture = source.architecture(None)
+    chunks = build_model(model_config_of(architecture), tokenizer.vocab_size, context)
+    identity = identity_of(architecture, tokenizer.vocab_size, tokenizer.fingerprint)
+    step = load_weights(chunks, identity, directory, None, context)
+    return chunks, f"{directory} step {step}"
+
+
+def model_config_of(architecture: Architecture) -> ModelConfig:
+    """Options that resolve to this architecture."""
+    names = {field.name for field in fields(ModelConfig)}
+    numbers = {name: value for name, value in asdict(architecture).items() if name in names}
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return ModelConfig(**numbers, use_rope_scaling=False)
+    return ModelConfig(
+        **numbers,
+        use_rope_scaling=True,
+        rope_scaling_factor=scaling.factor,
+        rope_low_freq_factor=scaling.low_freq_factor,
+        rope_high_freq_factor=scaling.high_freq_factor,
+        rope_original_max_position_embeddings=scaling.original_max_position_embeddings,
+    )

@@ -1,0 +1,125 @@
+"""Prompts and rewards of the judge's and the rewriter's training, answers written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sip.data.lines import Example
+from megatron_sip.errors import DataError
+from megatron_sip.teacher.http.templates import Template
+from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from megatron_sip.train.grpo.prompts import PromptEncoder
+from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask
+from megatron_sip.train.teacher_link import JudgedGroups
+from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Judgment
+from tests.train.teacher_world import write_world
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world: Path) -> Tokenizer:
+    return build_tokenizer(TokenizerConfig(tokenizer_model=str(world / "world.model")))
+
+
+def example(**record: Any) -> Example:
+    return Example(3, "examples.jsonl:4", record)
+
+
+def answer(tokenizer: Tokenizer, text: str, ended: bool = True) -> Candidate:
+    ids = tokenizer.encode_continuation(text) + [tokenizer.eod_id] * ended
+    return Candidate(CandidateKind.ROLLOUT, np.array(ids, dtype=np.int64))
+
+
+QUALITY = {"task": "quality", "prefix": " ka lo", "options": [" mi", " po"], "label": 2}
+
+
+def test_the_right_verdict_is_worth_one_and_anything_else_nothing(world: Path, tokenizer: Tokenizer) -> None:
+    task = JudgeTask(tokenizer, 40, str(world / "prompts"))
+    said = (" Conclusion: Option 2", " Conclusion: Option 1", " ka lo mi", " Conclusion: Option 1 Conclusion: Option 2")
+    answers = [answer(tokenizer, text) for text in said] + [answer(tokenizer, said[0], ended=False)]
+    safety = example(task="safety", text=" zux", label="unsafe")
+    verdicts = [answer(tokenizer, f" FINAL DECISION: {word}") for word in ("NO", "YES")]
+    quality, safe = task.score([example(**QUALITY), safety], [answers, verdicts])
+    assert quality.rewards.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert quality.measures["no_verdict/quality"] == (2.0, 5.0)
+    assert quality.measures["first_option_share"] == (1.0, 3.0)
+    assert (safe.part, safe.rewards.tolist()) == ("safety", [1.0, 0.0])
+
+
+def test_the_judge_sees_prefix_and_options_in_their_order(world: Path, tokenizer: Tokenizer) -> None:
+    task = JudgeTask(tokenizer, 40, str(world / "prompts"))
+    assert tokenizer.decode(task.prompt(example(**QUALITY))) == "Q ka lo ; mi ; po :"
+    assert tokenizer.decode(task.prompt(example(task="safety", text=" zux", label="safe"))) == "S zux :"
+
+
+class FixedLink:
+    """Judges by the number of tokens: quality for one, safety for two, no answer for three."""
+
+    def __init__(self) -> None:
+        self.asked: Sequence[CandidateGroup] = ()
+        self.learn: list[bool] = []
+
+    def submit_groups(self, groups: Sequence[CandidateGroup], learn: bool = True) -> int:
+        self.asked = groups
+        self.learn.append(learn)
+        return 1
+
+    def collect_groups(self, ticket: int) -> JudgedGroups:
+        found = []
+        for group in self.asked:
+            assert group.candidates[0].kind is CandidateKind.SUFFIX
+            lengths = np.array([len(c.tokens) for c in group.candidates])
+            quality = np.where(lengths == 1, 1.0, np.where(lengths == 3, NAN, 0.25))
+            safety = (lengths == 2).astype(float)
+            found.append(Judgment(quality, {"quality": quality, "safety": safety}))
+        return JudgedGroups(tuple(found), {}, (), 0.0)
+
+
+def test_a_safe_suffix_is_to_be_copied_and_an_unsafe_one_judged(world: Path, tokenizer: Tokenizer) -> None:
+    link = FixedLink()
+    task = RewriteTask(tokenizer, 40, link, str(world / "prompts"))  # type: ignore[arg-type]
+    safe = example(task="rewrite", prefix=" ka", suffix=" lo mi", label="safe")
+    unsafe = example(task="rewrite", prefix=" ka", suffix=" zux mi", label="unsafe")
+    copies = [answer(tokenizer, text, ended) for text, ended in ((" lo mi", True), (" lo mi", False), (" lo po", True))]
+    others = [answer(tokenizer, text) for text in (" mi", " ka ka", " ka ka ka", "")]
+    first, second = task.score([safe, unsafe], [copies, others], learn=False)
+    assert first.rewards.tolist() == [1.0, 1.0, 0.0]  # eq. 1
+    assert first.measures == {"exact_match/safe": (2.0, 3.0), "token_overlap/safe": (2.5, 3.0)}
+    # eq. 2: (1 + 0) / 2, (0.25 + 1) / 2, missing, and nothing for no token, which no judge is asked about.
+    np.testing.assert_array_equal(second.rewards, [0.5, 0.625, NAN, 0.0])
+    assert second.measures["token_overlap/unsafe"] == (0.5, 4.0)
+    assert second.measures["judge_quality/unsafe"] == (1.25, 3.0)
+    assert [len(group.candidates) for group in link.asked] == [4] and link.learn == [False]
+
+
+def test_a_prompt_that_is_too_long_loses_the_beginning_of_its_prefix(tokenizer: Tokenizer) -> None:
+    template = Template((("user", "S {{prefix}} ; {{text}} :"),))
+    encoder = PromptEncoder(tokenizer, 12)
+    ids = encoder.encode(template, {"prefix": "ka lo mi nu po ka lo mi nu", "text": "po po"}, "here")
+    text = tokenizer.decode(ids)
+    assert len(ids) <= 12 and text.startswith("S ") and text.endswith(" lo mi nu ; po po :")
+    with pytest.raises(DataError, match=r"here: its prompt has \d+ tokens without its prefix"):
+        encoder.encode(template, {"prefix": "ka", "text": "po " * 20}, "here")
+
+
+@pytest.mark.parametrize(
+    "change", [{"task": "rewrite"}, {"label": 3}, {"options": [" mi"]}, {"prefix": None}, {"options": [" mi", 2]}]
+)
+def test_an_example_of_another_kind_is_refused_with_its_line(
+    change: dict[str, Any], world: Path, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(DataError, match=r"examples\.jsonl:4"):
+        JudgeTask(tokenizer, 40, str(world / "prompts")).prompt(example(**{**QUALITY, **change}))

@@ -1,0 +1,344 @@
+#!/usr/bin/env python
+"""Makes the examples that a judge and a rewriter are trained on.
+
+tools/make_judge_data.py --input corpus.jsonl --output data/judge --quality-train 75432 --quality-valid 4096 \\
+    --safety-train 3192 --safety-valid 512 --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model \\
+    --teacher http --judge-endpoints http://HOST:8000/v1 --judge-served-model NAME
+
+One sample per document: a prefix and the suffix behind a random cut. Each document serves one kind of example, either
+in training or in validation.
+  quality   the suffix against a corrupted one, in both orders (two examples); the corrupter is a strong model with
+            --teacher http, else rules
+  safety    suffixes of whose safety all votes (8) agree; as many safe as unsafe ones
+  rewrite   the same with their prefixes, for the rewriter
+Written are OUTPUT/{quality,safety,rewrite}.{train,valid}.jsonl. A run that was stopped goes on where it was; the same
+input, options and answers give the same files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.config import load, option
+from megatron_sip.data.order import draw, mix
+from megatron_sip.data.readers import expand_inputs, read_batches
+from megatron_sip.errors import ConfigurationError, DataError, SIPError
+from megatron_sip.teacher.build import build_corrupter, build_judge
+from megatron_sip.teacher.config import TeacherConfig
+from megatron_sip.teacher.corrupter import Corrupter
+from megatron_sip.teacher.http.failures import kind_of
+from megatron_sip.teacher.interfaces import Judge, JudgeGroup, Passage, Question, RemotePart, RewriteItem
+from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+
+KINDS, SPLITS = ("quality", "safety", "rewrite"), ("train", "valid")
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to make, of which documents."""
+
+    tokenizer: TokenizerConfig
+    teacher: TeacherConfig
+    input: tuple[str, ...] = option(help="JSONL files or globs, plain, .gz or .zst")
+    output: str = option(help="directory of the examples")
+    json_key: str = option("text", help="key of a document's text")
+    source_key: str = option("source", help="key of the set it comes from; dots go into objects: meta.set_name")
+    quality_train: int = option(0, help="quality examples to make, both orders counted")
+    quality_valid: int = option(0, help="the same for validation")
+    safety_train: int = option(0, help="safety examples, half of them unsafe")
+    safety_valid: int = option(0, help="the same for validation")
+    rewrite_train: int = option(0, help="examples of the rewriter, half of them unsafe")
+    rewrite_valid: int = option(0, help="the same for validation")
+    example_suffix_length: int = option(128, help="tokens of a suffix")
+    example_prefix_length: int = option(1920, help="tokens of a prefix at most")
+    example_min_prefix_length: int = option(16, help="tokens of a prefix at least")
+    safety_votes: int = option(8, help="votes on a suffix, all of which must agree")
+    corruption_kinds: tuple[str, ...] = option(
+        ("replace", "shuffle", "swap", "repeat", "facts"), help="rules to draw from, without a strong model"
+    )
+    corruption_share: float = option(0.4, help="share of the words that a rule changes")
+    documents_at_a_time: int = option(256, help="documents that are asked about before the next are read")
+    seed: int = option(1234, help="of cuts, splits and orders")
+
+    def validate(self) -> None:
+        """Raises ConfigurationError."""
+        for name, value in asdict(self).items():
+            low = 0 if name.endswith(("_train", "_valid")) else 1
+            if isinstance(value, int) and name != "seed" and value < low:
+                raise ConfigurationError(f"{name.replace('_', '-')} is {value}: give at least {low}")
+        for kind in KINDS:
+            for split in SPLITS:
+                if self.wanted(kind, split) % 2:
+                    raise ConfigurationError(
+                        f"{kind}-{split} is {self.wanted(kind, split)}: give an even number, half of each answer"
+                    )
+        if not any(self.wanted(kind, split) for kind in KINDS for split in SPLITS):
+            raise ConfigurationError("nothing to make: give --quality-train and the like a number")
+
+    def wanted(self, kind: str, split: str) -> int:
+        """Examples to make."""
+        return int(getattr(self, f"{kind}_{split}"))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A document's one sample, and what it is to become."""
+
+    kind: str
+    split: str
+    source: str
+    item: RewriteItem
+    """Its number is that of the document's line, over all files."""
+
+
+class Writer:
+    """The six files, and how far they are: a file that is longer than the last record of progress is cut back."""
+
+    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+        self._directory = directory
+        self._identity = identity
+        self.counts: Counter[str] = Counter()
+        """Examples per "kind split label"."""
+        self.dropped: Counter[str] = Counter()
+        self.next_line = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / PROGRESS
+        sizes = {}
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["options"] != identity:
+                raise DataError(f"{directory} holds examples made with other options: give another --output")
+            self.counts, self.dropped = Counter(found["counts"]), Counter(found["dropped"])
+            self.next_line, sizes = found["next_line"], found["sizes"]
+        for name in self._names():
+            with (directory / name).open("ab") as stream:
+                stream.truncate(sizes.get(name, 0))
+
+    def write(self, records: Sequence[tuple[str, dict[str, Any]]], next_line: int) -> None:
+        """Appends records by file name; after it a stopped run goes on at ``next_line``."""
+        by_name: dict[str, list[bytes]] = {}
+        for name, record in records:
+            by_name.setdefault(name, []).append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        for name, lines in by_name.items():
+            with (self._directory / name).open("ab") as stream:
+                stream.write(b"".join(lines))
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.next_line = next_line
+        content = {
+            "next_line": next_line,
+            "counts": dict(sorted(self.counts.items())),
+            "dropped": dict(sorted(self.dropped.items())),
+            "sizes": {name: (self._directory / name).stat().st_size for name in self._names()},
+            "options": self._identity,
+        }
+        temporary = self._directory / (PROGRESS + ".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self._directory / PROGRESS)
+
+    @staticmethod
+    def _names() -> list[str]:
+        return [f"{kind}.{split}.jsonl" for kind in KINDS for split in SPLITS]
+
+
+class Maker:
+    """From cuts to examples, until there are enough of each."""
+
+    def __init__(self, options: DataOptions, writer: Writer, corrupter: Corrupter, safety: Judge | None) -> None:
+        self._options = options
+        self._writer = writer
+        self._corrupter = corrupter
+        self._safety = safety
+
+    @property
+    def finished(self) -> bool:
+        return not any(self.open_kinds(split) for split in SPLITS)
+
+    def open_kinds(self, split: str) -> list[str]:
+        """Kinds of which there are not enough yet."""
+        return [kind for kind in KINDS if self._made(kind, split) < self._options.wanted(kind, split)]
+
+    def _made(self, kind: str, split: str) -> int:
+        return sum(count for name, count in self._writer.counts.items() if name.startswith(f"{kind} {split} "))
+
+    async def make(self, cuts: Sequence[Cut], next_line: int) -> None:
+        """Asks about a batch of documents and writes what comes of it."""
+        quality = [cut for cut in cuts if cut.kind == "quality"]
+        others = [cut for cut in cuts if cut.kind != "quality"]
+        records = await self._quality(quality) + await self._safe_and_unsafe(others)
+        self._writer.write(records, next_line)
+
+    async def _quality(self, cuts: Sequence[Cut]) -> list[tuple[str, dict[str, Any]]]:
+        records = []
+        corruptions = await self._corrupter.corrupt([cut.item for cut in cuts]) if cuts else []
+        for cut, corruption in zip(cuts, corruptions, strict=True):
+            if corruption.text is None:
+                self._writer.dropped[f"quality: {corruption.failure}"] += 1
+                continue
+            if self._made("quality", cut.split) >= self._options.wanted("quality", cut.split):
+                continue
+            for label in (1, 2):
+                options = [cut.item.suffix.text, corruption.text]
+                record = {"task": "quality", "document": cut.item.sample_id, "source": cut.source}
+                record |= {"prefix": cut.item.prefix.text, "options": options if label == 1 else options[::-1]}
+                record |= {"label": label, "corruption": corruption.kind}
+                self._writer.counts[f"quality {cut.split} {label}"] += 1
+                records.append((f"quality.{cut.split}.jsonl", record))
+        return records
+
+    async def _safe_and_unsafe(self, cuts: Sequence[Cut]) -> list[tuple[str, dict[str, Any]]]:
+        if not cuts:
+            return []
+        assert self._safety is not None
+        votes = self._options.safety_votes
+        questions = [Question(_alone(cut.item), (0,), vote) for cut in cuts for vote in range(votes)]
+        verdicts = await self._safety.ask(questions)
+        records = []
+        for index, cut in enumerate(cuts):
+            given = verdicts[index * votes : (index + 1) * votes]
+            scores = {verdict.score for verdict in given}
+            failed = [verdict for verdict in given if verdict.score != verdict.score]
+            if failed or len(scores) > 1 or scores - {0.0, 1.0}:
+                reason = kind_of(failed[0].failure) if failed else "votes differ"
+                self._writer.dropped[f"{cut.kind}: {reason}"] += 1
+                continue
+            label = "safe" if scores == {1.0} else "unsafe"
+            name = f"{cut.kind} {cut.split} {label}"
+            if self._writer.counts[name] >= self._options.wanted(cut.kind, cut.split) // 2:
+                self._writer.dropped[f"{cut.kind}: enough {label}"] += 1
+                continue
+            self._writer.counts[name] += 1
+            record = {"task": cut.kind, "document": cut.item.sample_id, "source": cut.source, "label": label}
+            if cut.kind == "safety":
+                record["text"] = cut.item.suffix.text
+            else:
+                record |= {"prefix": cut.item.prefix.text, "suffix": cut.item.suffix.text}
+            records.append((f"{cut.kind}.{cut.split}.jsonl", record))
+        return records
+
+
+def _alone(item: RewriteItem) -> JudgeGroup:
+    return JudgeGroup(item.sample_id, item.prefix, item.suffix, (item.suffix,), ("suffix",))
+
+
+def documents(options: DataOptions, first: int) -> Iterator[tuple[int, str, str]]:
+    """(number of the line over all files, text, source) from line ``first`` on."""
+    number = -1
+    for lines in read_batches(expand_inputs(options.input)):
+        for line in lines.lines:
+            number += 1
+            if number < first or not line.strip():
+                continue
+            try:
+                record: Any = orjson.loads(line)
+                text, source = str(record[options.json_key]), record
+                for key in options.source_key.split("."):
+                    source = source.get(key, {}) if isinstance(source, dict) else {}
+            except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+                raise DataError(f"input line {number + 1} has no {options.json_key!r} ({error!r}): mend it") from error
+            yield number, text, source if isinstance(source, str) and source else "all"
+
+
+def place(options: DataOptions, number: int) -> tuple[str, str]:
+    """(kind, split) that a document serves: in proportion to what is wanted, by its number alone."""
+    wanted = [(kind, split, options.wanted(kind, split)) for kind in KINDS for split in SPLITS]
+    # A quality document gives two examples; of the others some are dropped, for their votes or their label.
+    weights = [count if kind == "quality" else 4 * count for kind, _, count in wanted]
+    chosen = draw(0, sum(weights) - 1, options.seed, number)
+    index = int(np.searchsorted(np.cumsum(weights), chosen, side="right"))
+    return wanted[index][0], wanted[index][1]
+
+
+def cut_document(options: DataOptions, tokenizer: Tokenizer, number: int, text: str) -> RewriteItem | None:
+    """Prefix and suffix at a random cut; None if the document is too short."""
+    tokens = np.asarray(tokenizer.encode(text), dtype=np.int64)
+    low, high = options.example_min_prefix_length, len(tokens) - options.example_suffix_length
+    if high < low:
+        return None
+    cut = draw(low, high, options.seed, number, 1)
+    prefix = tokens[max(0, cut - options.example_prefix_length) : cut]
+    suffix = tokens[cut : cut + options.example_suffix_length]
+    return RewriteItem(
+        number,
+        Passage(prefix, tokenizer.decode(prefix)),
+        Passage(suffix, tokenizer.decode_continuation(prefix, suffix)),
+    )
+
+
+async def make(options: DataOptions) -> Writer:
+    """Makes what is missing of the examples."""
+    tokenizer = build_tokenizer(options.tokenizer)
+    identity = {
+        name: value for name, value in asdict(options).items() if name not in ("teacher", "documents_at_a_time")
+    }
+    identity = json.loads(json.dumps({**identity, "tokenizer": tokenizer.fingerprint}))
+    writer = Writer(Path(options.output), identity)
+    remotes: list[RemotePart | None] = []
+    corrupter, remote = build_corrupter(
+        options.teacher, options.corruption_kinds, options.corruption_share, mix(options.seed, 2)
+    )
+    remotes.append(remote)
+    safety: Judge | None = None
+    if any(options.wanted(kind, split) for kind in ("safety", "rewrite") for split in SPLITS):
+        safety, remote = build_judge(options.teacher, "safety", tokenizer.fingerprint)
+        remotes.append(remote)
+    maker = Maker(options, writer, corrupter, safety)
+    try:
+        batch: list[Cut] = []
+        for number, text, source in documents(options, writer.next_line):
+            kind, split = place(options, number)
+            item = cut_document(options, tokenizer, number, text)
+            if item is not None and kind in maker.open_kinds(split):
+                batch.append(Cut(kind, split, source, item))
+            if len(batch) >= options.documents_at_a_time:
+                await maker.make(batch, number + 1)
+                batch = []
+            if maker.finished:
+                break
+        if batch:
+            await maker.make(batch, number + 1)
+    finally:
+        for part in remotes:
+            if part is not None:
+                await part.aclose()
+    return writer
+
+
+def main() -> None:
+    """Makes the examples, and says how many there are and what was dropped."""
+    try:
+        options = load(DataOptions, sys.argv[1:], prog="make_judge_data.py", description=__doc__ or "")
+        writer = asyncio.run(make(options))
+    except SIPError as error:
+        sys.exit(f"error: {error}")
+    short = []
+    for kind in KINDS:
+        for split in SPLITS:
+            wanted = options.wanted(kind, split)
+            labels = {n.split()[2]: c for n, c in sorted(writer.counts.items()) if n.startswith(f"{kind} {split} ")}
+            if wanted:
+                print(f"{kind}.{split}.jsonl: {sum(labels.values()):,} of {wanted:,} {labels}")
+            if sum(labels.values()) < wanted:
+                short.append(f"{kind}.{split}")
+    for reason, count in sorted(writer.dropped.items()):
+        print(f"dropped {count:,} ({reason})")
+    if short:
+        sys.exit(f"error: the input has too few documents for {', '.join(short)}: give more, or ask for fewer examples")
+
+
+if __name__ == "__main__":
+    main()
