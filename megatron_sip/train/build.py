@@ -141,6 +141,7 @@ class _Parts:
     record: RunRecord
     decide_stop: Callable[[], StopDecision | None]
     link: TeacherLink
+    desk: VerdictDesk
     engine: Engine
     loader: SampleLoader
     preparer: Preparer
@@ -169,9 +170,12 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
     engine = Engine(policy.chunks, config.engine, objective, context, config.training.train_iters)
     policy.rollouts.sync_weights(engine.num_updates)
     loader = build_loader(config.data, config.data.data_path, tokenizer, config.training.seed, _streams(config))
+    rule = PauseRule(config.training.judge_pause_failure_rate, config.training.judge_pause_window)
+    desk = VerdictDesk(link, context, rule, record.message)
     preparer = Preparer(
         rollouts=policy.rollouts,
         teacher=link,
+        verdicts=desk,
         loader=loader,
         context=context,
         shape=shape,
@@ -191,6 +195,7 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
         record=record,
         decide_stop=lambda: watch.decide(context),
         link=link,
+        desk=desk,
         engine=engine,
         loader=loader,
         preparer=preparer,
@@ -199,12 +204,10 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
 
 
 def _runner(config: TrainConfig, context: ParallelContext, parts: _Parts) -> StepRunner:
-    training = config.training
-    rule = PauseRule(training.judge_pause_failure_rate, training.judge_pause_window)
     return StepRunner(
         engine=parts.engine,
         rollouts=parts.policy.rollouts,
-        verdicts=VerdictDesk(parts.link, context, rule, parts.record.message),
+        verdicts=parts.desk,
         loader=parts.loader,
         context=context,
         shape=parts.shape,
@@ -212,7 +215,7 @@ def _runner(config: TrainConfig, context: ParallelContext, parts: _Parts) -> Ste
         preference=config.preference,
         objective=build_judged_objective(config.objective),
         fill=_fill_rule(config, context),
-        early_reference=training.reference_scoring == "early",
+        early_reference=config.training.reference_scoring == "early",
         timers=parts.timers,
     )
 

@@ -7,7 +7,7 @@ the first step that has no plan yet, and the queue is part of a checkpoint (``tr
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,15 +52,16 @@ class Lookahead:
         """The first step that is not prepared; ``step``: steps done."""
         return self._queue[-1].step + 1 if self._queue else step
 
-    def extend(self, step: int, trigger: TriggerState) -> None:
-        """Prepares steps up to ``step + L``; ``step``: steps done. Collective.
+    def extend(self, step: int, trigger: TriggerState, save: Callable[[], None]) -> None:
+        """Prepares steps up to ``step + L``; ``step``: steps done; ``save`` keeps the run's state. Collective.
 
         Raises:
             RunStopped: the run is to end; what was half prepared is given back to the loader.
         """
         while (ahead := self.next_step(step)) <= min(step + self._depth, self._train_iters - 1):
             with self.unfinished():
-                self._queue.append(self._preparer.prepare(ahead, self._curriculum.plan(ahead, trigger), step))
+                plan = self._curriculum.plan(ahead, trigger)
+                self._queue.append(self._preparer.prepare(ahead, plan, step, save))
 
     def head(self, step: int) -> PreparedStep:
         """The step to train on; it stays in the queue until ``done``."""

@@ -6,9 +6,9 @@ Nothing of it needs the verdicts, so it may run any number of steps ahead of tra
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sip.curriculum import StepPlan
 from megatron_sip.data.build import NEXT_TOKEN, SUFFIX
@@ -19,7 +19,10 @@ from megatron_sip.observability.timers import Timers
 from megatron_sip.rollout import CandidatePool, GenerationRequest, RolloutEngine, SeedKey, build_group
 from megatron_sip.rollout.statistics import rollout_sums
 from megatron_sip.train.teacher_link import JudgedGroups, TeacherLink
-from megatron_sip.types import Candidate, CandidateGroup, Sample
+from megatron_sip.types import Candidate, CandidateGroup, IntArray, Sample
+
+if TYPE_CHECKING:  # it knows prepared steps
+    from megatron_sip.train.verdicts import VerdictDesk
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Preparer:
         *,
         rollouts: RolloutEngine,
         teacher: TeacherLink,
+        verdicts: VerdictDesk,
         loader: SampleLoader,
         context: ParallelContext,
         shape: StepShape,
@@ -85,6 +89,7 @@ class Preparer:
     ) -> None:
         self.rollouts = rollouts
         self._teacher = teacher
+        self._verdicts = verdicts
         self._loader = loader
         self._context = context
         self._shape = shape
@@ -92,10 +97,10 @@ class Preparer:
         self._needs_judge = needs_judge
         self._timers = timers
 
-    def prepare(self, step: int, plan: StepPlan, steps_done: int) -> PreparedStep:
+    def prepare(self, step: int, plan: StepPlan, steps_done: int, save: Callable[[], None]) -> PreparedStep:
         """Draws the step's samples and submits its candidate groups. Collective.
 
-        ``step``: optimizer steps before it; ``steps_done``: those made by now.
+        ``step``: optimizer steps before it; ``steps_done``: those made by now; ``save`` keeps the state before this.
 
         Raises:
             RunStopped: the run is to end, and the rewriter has not answered; the samples count as drawn.
@@ -106,7 +111,7 @@ class Preparer:
         rewritten: list[Sample] = self._take(SUFFIX, plan.counts["rewrite"])
         judged: list[Sample] = self._take(SUFFIX, plan.counts["rollout"])
         started = time.perf_counter()
-        groups, rewrite_groups, sums = self.build_groups(step, judged, rewritten, may_stop=True)
+        groups, rewrite_groups, sums = self.build_groups(step, judged, rewritten, save)
         rollout_s = time.perf_counter() - started
         return PreparedStep(
             step=step,
@@ -128,16 +133,21 @@ class Preparer:
         return self._teacher.submit_groups(groups, learn, step) if groups and self._needs_judge else None
 
     def build_groups(
-        self, step: int, judged: Sequence[Sample], rewritten: Sequence[Sample] = (), may_stop: bool = False
+        self,
+        step: int,
+        judged: Sequence[Sample],
+        rewritten: Sequence[Sample] = (),
+        save: Callable[[], None] | None = None,
     ) -> tuple[list[CandidateGroup], list[CandidateGroup], dict[str, float]]:
         """(groups of the judged samples, groups with a rewrite alone, sums of rollout statistics).
 
-        The rewriter works while the policy generates. ``may_stop``: RunStopped ends a wait for it.
+        The rewriter works while the policy generates. With ``save`` training may pause, or RunStopped end
+        the wait for it.
         """
         asked = [*rewritten, *(judged if self._pool.rewrite else ())]
         ticket = self._teacher.submit_rewrites(asked, step) if asked else None
         rollouts = self._generate(step, judged)
-        rewrites = self._teacher.collect_rewrites(ticket, asked, may_stop) if ticket is not None else []
+        rewrites = self._collect_rewrites(ticket, asked, step, save) if ticket is not None else ()
         own, pooled = rewrites[: len(rewritten)], rewrites[len(rewritten) :]
         rewrite_groups = [
             build_group(sample, _ONLY_REWRITE, rewrite=rewrite) for sample, rewrite in zip(rewritten, own, strict=True)
@@ -148,6 +158,13 @@ class Preparer:
         ]
         sums = rollout_sums((rollout for row in rollouts for rollout in row), self._shape.eod_id)
         return groups, rewrite_groups, sums
+
+    def _collect_rewrites(
+        self, ticket: int, samples: Sequence[Sample], step: int, save: Callable[[], None] | None
+    ) -> Sequence[IntArray | None]:
+        if save is None:
+            return self._teacher.collect_rewrites(ticket, samples).tokens
+        return self._verdicts.collect_rewrites(ticket, samples, step, save).tokens
 
     def _take(self, stream: str, count: int) -> list[Any]:
         if not count:

@@ -20,13 +20,16 @@ from megatron_sip.errors import JudgeError
 from megatron_sip.observability.timers import Timers
 from megatron_sip.teacher import JudgeResult, RewriteResult, TeacherProcess
 from megatron_sip.teacher.convert import judge_request, judgments, rewrite_candidates, rewrite_request
-from megatron_sip.teacher.http.failures import KINDS, REMOTE_COUNTS
+from megatron_sip.teacher.http.failures import KINDS, REJECTED, REMOTE_COUNTS, SERVER, TRANSPORT, kind_of
 from megatron_sip.teacher.interfaces import GroupVerdict
 from megatron_sip.tokenizer import Tokenizer
 from megatron_sip.types import CandidateGroup, FloatArray, IntArray, Judgment, Sample
 
 HEARTBEAT_S = 0.5
 """No rank is in a collective for much longer while verdicts are late: far below every time-out of a process group."""
+
+OUTAGE = (TRANSPORT, SERVER, REJECTED)
+"""Failures that speak of servers, which come back; another answer that cannot be parsed is not worth a pause."""
 
 _SAY_EVERY_S = 60.0
 
@@ -56,6 +59,16 @@ class JudgedGroups:
     def judgments(self) -> list[Judgment]:
         """One per group."""
         return judgments(self.verdicts)
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """What the rewriter gave for the samples of one submission, in their order; equal on all ranks of the replica."""
+
+    tokens: tuple[IntArray | None, ...]
+    """Token ids [<= N]; None where there is no rewrite."""
+    out_of_order: tuple[bool, ...]
+    """Whether it is missing because of the servers."""
 
 
 class TeacherLink:
@@ -184,22 +197,32 @@ class TeacherLink:
             self._process.submit(ticket, rewrite_request(samples, self._tokenizer, step))
         return ticket
 
-    def collect_rewrites(self, ticket: int, samples: Sequence[Sample], may_stop: bool = False) -> list[IntArray | None]:
-        """Token ids [<= N] per sample, None where the rewriter gave nothing. Collective over the job.
+    def fetch_rewrites(self, ticket: int, samples: Sequence[Sample]) -> Rewrites:
+        """What the rewriter gave for a submission that is ready. Collective over the replica.
 
         Raises:
-            JudgeError: the teacher died or is later than its time-out.
-            RunStopped: the run is to end and ``may_stop``.
+            JudgeError: the teacher died or failed.
         """
-        rewrites: list[IntArray | None] | None = None
-        self._require(self.wait(ticket, may_stop) is not None)
+        rewrites: Rewrites | None = None
         del self._submitted_s[ticket]
         if self._process is not None:
             result = self._process.collect(ticket, self.timeout_s)
             assert isinstance(result, RewriteResult)
             candidates = rewrite_candidates(result, samples, self._tokenizer, self._suffix_length)
-            rewrites = [None if candidate is None else candidate.tokens for candidate in candidates]
+            rewrites = Rewrites(
+                tuple(None if candidate is None else candidate.tokens for candidate in candidates),
+                tuple(kind_of(rewrite.failure) in OUTAGE for rewrite in result.rewrites),
+            )
         return self._context.broadcast_object(rewrites)
+
+    def collect_rewrites(self, ticket: int, samples: Sequence[Sample]) -> Rewrites:
+        """Waits for them. Collective over the job.
+
+        Raises:
+            JudgeError: the teacher died or is later than its time-out.
+        """
+        self._require(self.wait(ticket) is not None)
+        return self.fetch_rewrites(ticket, samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics of the teacher of each replica, in their order. Collective."""

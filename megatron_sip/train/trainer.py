@@ -109,7 +109,7 @@ class Trainer:
 
     def _one_step(self) -> None:
         started = time.perf_counter()
-        self._queue.extend(self._step, self._trigger)
+        self._queue.extend(self._step, self._trigger, self._save_before_pause)
         prepared = self._queue.head(self._step)
         queued = queue_scalars(self._context, self._teacher, len(self._queue) - 1)
         with self._queue.unfinished():

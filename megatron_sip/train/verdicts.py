@@ -16,13 +16,9 @@ import numpy as np
 
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.errors import JudgeError
-from megatron_sip.teacher.http.failures import REJECTED, SERVER, TRANSPORT
 from megatron_sip.train.prepare import PreparedStep
-from megatron_sip.train.teacher_link import HEARTBEAT_S, JudgedGroups, TeacherLink
-from megatron_sip.types import CandidateGroup
-
-OUTAGE = (TRANSPORT, SERVER, REJECTED)
-"""Failures that speak of servers, which come back; another verdict that cannot be parsed is not worth a pause."""
+from megatron_sip.train.teacher_link import HEARTBEAT_S, OUTAGE, JudgedGroups, Rewrites, TeacherLink
+from megatron_sip.types import CandidateGroup, Sample
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 2.0, 60.0
 _NO_LIMIT_S = float("inf")
@@ -75,13 +71,8 @@ class VerdictDesk:
         if prepared.judged is not None:
             return Verdicts(prepared.judged, 0.0)
         assert prepared.judge_ticket is not None
-        started, pause = time.perf_counter(), _Pause(self._say, save, prepared.step)
-        waited_s = self._link.wait(prepared.judge_ticket, may_stop=True)
-        if waited_s is None:
-            self._give_up_unless_pausing()
-            pause.begin(f"no verdicts after {self._link.timeout_s:g} s (--judge-timeout-s)")
-            self._link.wait(prepared.judge_ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
-            waited_s = time.perf_counter() - started
+        pause = _Pause(self._say, save, prepared.step)
+        waited_s = self._wait(prepared.judge_ticket, pause)
         headroom_s = self._link.age_s(prepared.judge_ticket) - waited_s
         judged = latest = self._link.fetch_groups(prepared.judge_ticket)
         while (outage := self._outage(latest)) is not None:
@@ -94,11 +85,50 @@ class VerdictDesk:
         pause.end()
         return Verdicts(judged, waited_s, headroom_s, pause.count, pause.seconds)
 
-    def _give_up_unless_pausing(self) -> None:
+    def collect_rewrites(self, ticket: int, samples: Sequence[Sample], step: int, save: Callable[[], None]) -> Rewrites:
+        """Waits for the rewrites of samples of a step that is being prepared; asks again what an outage has cost.
+
+        Raises as ``collect``.
+        """
+        pause, rest_s = _Pause(self._say, save, step), _FIRST_RETRY_S
+        self._wait(ticket, pause)
+        rewrites = latest = self._link.fetch_rewrites(ticket, samples)
+        while (outage := self._rewriter_outage(latest)) is not None:
+            pause.begin(outage)
+            self._rest(rest_s)
+            rest_s = min(_LAST_RETRY_S, 2 * rest_s)
+            places = [place for place, missing in enumerate(rewrites.out_of_order) if missing]
+            asked = [samples[place] for place in places]
+            again = self._link.submit_rewrites(asked, step) if asked else None
+            self._link.wait(again, may_stop=True, timeout_s=_NO_LIMIT_S)
+            latest = Rewrites((), ()) if again is None else self._link.fetch_rewrites(again, asked)
+            rewrites = _with_rewrites(rewrites, places, latest)
+        pause.end()
+        return rewrites
+
+    def _rewriter_outage(self, rewrites: Rewrites) -> str | None:
+        own = {"asked": float(len(rewrites.tokens)), "missing": float(sum(rewrites.out_of_order))}
+        sums, limit = self._context.sum_over_data_parallel(own), self._rule.failure_rate
+        if not limit or not sums["asked"] or sums["missing"] < limit * sums["asked"]:
+            return None
+        return (
+            f"{sums['missing']:.0f} of {sums['asked']:.0f} rewrites failed for their servers, the limit is {limit:.0%} "
+            "(--judge-pause-failure-rate)"
+        )
+
+    def _wait(self, ticket: int, pause: _Pause) -> float:
+        """Seconds; verdicts that are later than their time-out are the beginning of a pause."""
+        started = time.perf_counter()
+        waited_s = self._link.wait(ticket, may_stop=True)
+        if waited_s is not None:
+            return waited_s
         if not self._rule.failure_rate:
             raise JudgeError(
-                f"no verdicts after {self._link.timeout_s:g} s: the judge is slow or stuck; raise --judge-timeout-s"
+                f"no answer after {self._link.timeout_s:g} s: the teacher is slow or stuck; raise --judge-timeout-s"
             )
+        pause.begin(f"no answer after {self._link.timeout_s:g} s (--judge-timeout-s)")
+        self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
+        return time.perf_counter() - started
 
     def _outage(self, judged: JudgedGroups) -> str | None:
         """What is wrong with the judge, or None if its failures are few enough."""
@@ -157,6 +187,13 @@ def _merged(judged: JudgedGroups, places: Sequence[int], again: JudgedGroups) ->
     counts = {name: count + again.counts[name] for name, count in judged.counts.items()}
     latencies_s = np.concatenate([judged.latencies_s, again.latencies_s])
     return JudgedGroups(tuple(verdicts), counts, latencies_s, judged.duration_s)
+
+
+def _with_rewrites(rewrites: Rewrites, places: Sequence[int], again: Rewrites) -> Rewrites:
+    tokens, missing = list(rewrites.tokens), list(rewrites.out_of_order)
+    for place, new, still in zip(places, again.tokens, again.out_of_order, strict=True):
+        tokens[place], missing[place] = new, still
+    return Rewrites(tuple(tokens), tuple(missing))
 
 
 class _Pause:

@@ -44,7 +44,7 @@ class Noting:
         self._loader = loader
         self._stop_at = stop_at
 
-    def prepare(self, step: int, plan: Any, steps_done: int) -> Any:
+    def prepare(self, step: int, plan: Any, steps_done: int, save: Any) -> Any:
         self._loader.drawn += 1
         if step == self._stop_at:
             raise RunStopped(StopDecision("received SIGTERM", 143))
@@ -64,7 +64,7 @@ def trained(ahead: Lookahead, iters: int, after: Callable[[int], TriggerState] =
     """The trainer's loop without training; ``after`` a step comes the trigger's new state."""
     trigger = TriggerState()
     for step in range(iters):
-        ahead.extend(step, trigger)
+        ahead.extend(step, trigger, print)
         assert ahead.head(step).step == step
         ahead.done()
         trigger = after(step)
@@ -86,7 +86,7 @@ def test_a_phase_that_a_probe_opens_begins_with_the_first_step_that_is_not_prepa
     curriculum = Curriculum(CurriculumConfig(phases=WAITING), 2)
     trigger = TriggerState()
     for step in range(10):
-        ahead.extend(step, trigger)
+        ahead.extend(step, trigger, print)
         ahead.done()
         if curriculum.plan(step, trigger).probe:
             assert step == 3, "the first probe opens the phase: there is no other"
@@ -99,7 +99,7 @@ def test_a_phase_that_a_probe_opens_begins_with_the_first_step_that_is_not_prepa
 def test_a_step_that_was_half_prepared_gives_its_samples_back() -> None:
     ahead, _, loader = queue(FIXED, 2, 6, stop_at=2)
     with pytest.raises(RunStopped):
-        ahead.extend(0, TriggerState())
+        ahead.extend(0, TriggerState(), print)
     assert loader.drawn == 2 and len(ahead) == 2
     assert ahead.state_dict() == {"data": {"drawn": 2}, "pending": [{"step": 0}, {"step": 1}]}
     assert ahead.num_samples == 4
@@ -107,7 +107,7 @@ def test_a_step_that_was_half_prepared_gives_its_samples_back() -> None:
 
 def test_a_checkpoint_within_a_step_has_nothing_that_the_step_has_drawn() -> None:
     ahead, _, loader = queue(FIXED, 0, 6)
-    ahead.extend(0, TriggerState())
+    ahead.extend(0, TriggerState(), print)
     with ahead.unfinished():
         loader.drawn += 5
         assert ahead.state_dict()["data"] == {"drawn": 1}

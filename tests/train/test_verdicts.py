@@ -16,7 +16,7 @@ from megatron_sip.errors import JudgeError
 from megatron_sip.teacher.http.failures import KINDS
 from megatron_sip.teacher.interfaces import GroupVerdict
 from megatron_sip.train import verdicts as subject
-from megatron_sip.train.teacher_link import JudgedGroups
+from megatron_sip.train.teacher_link import JudgedGroups, Rewrites
 from megatron_sip.train.verdicts import PauseRule, VerdictDesk, Verdicts
 
 
@@ -36,7 +36,7 @@ class ScriptedLink:
 
     timeout_s = 600.0
 
-    def __init__(self, answers: Sequence[JudgedGroups], late: bool = False) -> None:
+    def __init__(self, answers: Sequence[Any], late: bool = False) -> None:
         self._answers = list(answers)
         self._late = late
         self.asked: list[list[str]] = []
@@ -53,6 +53,13 @@ class ScriptedLink:
     def fetch_groups(self, ticket: int) -> JudgedGroups:
         return self._answers.pop(0)
 
+    def submit_rewrites(self, samples: Sequence[Any], step: int | None = None) -> int:
+        self.asked.append(list(samples))
+        return len(self.asked)
+
+    def fetch_rewrites(self, ticket: int, samples: Sequence[Any]) -> Any:
+        return self._answers.pop(0)
+
     def age_s(self, ticket: int) -> float:
         return 1.0
 
@@ -63,7 +70,7 @@ class ScriptedLink:
 class Desk:
     """A desk on a scripted link, with what it said and how often it saved."""
 
-    def __init__(self, *answers: JudgedGroups, late: bool = False, rate: float = 0.5, window: int = 1) -> None:
+    def __init__(self, *answers: Any, late: bool = False, rate: float = 0.5, window: int = 1) -> None:
         self.said: list[str] = []
         self.saves = 0
         self.link = ScriptedLink(answers, late)
@@ -74,6 +81,9 @@ class Desk:
     def collect(self) -> Verdicts:
         prepared = SimpleNamespace(step=7, judged=None, judge_ticket=1, groups=["a", "b", "c"])
         return self._desk.collect(prepared, self._save)  # type: ignore[arg-type]
+
+    def collect_rewrites(self) -> Rewrites:
+        return self._desk.collect_rewrites(1, ["a", "b", "c"], 7, self._save)  # type: ignore[list-item]
 
     def _save(self) -> None:
         self.saves += 1
@@ -139,3 +149,14 @@ def test_without_pauses_late_verdicts_end_the_run_and_failures_stay_missing() ->
         Desk(answer(0, 0, 0), late=True, rate=0.0).collect()
     found = Desk(answer(10, 10, 10), rate=0.0).collect()
     assert found.num_pauses == 0 and all(np.isnan(v.scores[1]) for v in found.judged.verdicts)
+
+
+def test_rewrites_that_an_outage_has_cost_are_asked_again_and_refused_ones_are_not() -> None:
+    one, two = np.array([1]), np.array([2])
+    first = Rewrites((None, one, None), (True, False, True))
+    desk = Desk(first, Rewrites((None, None), (True, True)), Rewrites((two, None), (False, False)))
+    found = desk.collect_rewrites()
+    assert desk.link.asked == [["a", "c"], ["a", "c"]] and desk.saves == 1
+    assert found.tokens == (two, one, None) and "2 of 3 rewrites failed" in desk.said[0]
+    refused = Desk(Rewrites((None, None, None), (False, False, False)))
+    assert refused.collect_rewrites().tokens == (None, None, None) and not refused.said
