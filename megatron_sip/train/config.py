@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_sip.checkpoint.config import CheckpointConfig
@@ -23,6 +22,7 @@ from megatron_sip.rollout.config import RolloutConfig
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.tokenizer.config import TokenizerConfig
 from megatron_sip.train.checks import check_sections
+from megatron_sip.train.run_dir import in_run_dir
 
 _DESCRIPTION = """Trains a language model by Self-Improving Pretraining. Start it with torchrun, one process per device.
 Every flag is also a key of a recipe, with underscores; flags win over recipes. A switch --x has its opposite --no-x."""
@@ -147,17 +147,8 @@ class TrainConfig:
     observability: ObservabilityConfig
 
     def completed(self, given: Set[str]) -> TrainConfig:
-        """With --run-dir, what is not ``given`` is in it: checkpoints, saved and resumed from, and TensorBoard's."""
-        if self.observability.run_dir is None:
-            return self
-        run_dir = Path(self.observability.run_dir)
-        checkpoint, observability = self.checkpoint, self.observability
-        if "save" not in given:
-            checkpoint = replace(checkpoint, save=str(run_dir / "checkpoints"))
-        if "load" not in given:
-            checkpoint = replace(checkpoint, load=str(run_dir / "checkpoints"))
-        if "tensorboard_dir" not in given:
-            observability = replace(observability, tensorboard_dir=str(run_dir / "tensorboard"))
+        """With the defaults that follow from other options; ``given``: names of those that are not defaults."""
+        checkpoint, observability = in_run_dir(self.checkpoint, self.observability, given)
         return replace(self, checkpoint=checkpoint, observability=observability)
 
     def validate(self) -> None:

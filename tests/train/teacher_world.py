@@ -79,6 +79,8 @@ def recipe(folder: Path, task: str, **changes: Any) -> dict[str, Any]:
         "judge_prompts": str(folder / "prompts"),
         "safety_words": str(folder / "unsafe.txt"),
         "run_dir": str(folder / "run"),
+        "save": None,
+        "load": None,
         **changes,
     }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 
 from megatron_sip.checkpoint.config import CheckpointConfig
 from megatron_sip.config import load
@@ -18,6 +18,7 @@ from megatron_sip.observability.config import ObservabilityConfig
 from megatron_sip.rollout.config import RolloutConfig
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.tokenizer.config import TokenizerConfig
+from megatron_sip.train.run_dir import in_run_dir
 
 TASKS = ("judge", "rewriter")
 _COUNTS = (
@@ -87,6 +88,11 @@ class GRPORunConfig:
         """New tokens of an answer at most."""
         assert self.rollout.rollout_max_new_tokens is not None
         return self.rollout.rollout_max_new_tokens
+
+    def completed(self, given: Set[str]) -> GRPORunConfig:
+        """With the defaults that follow from other options; ``given``: names of those that are not defaults."""
+        checkpoint, observability = in_run_dir(self.checkpoint, self.observability, given)
+        return replace(self, checkpoint=checkpoint, observability=observability)
 
     def validate(self) -> None:
         """Checks the sections against each other; what needs the world size is in ``check_layout``."""
