@@ -1,4 +1,4 @@
-"""The four ways in which a run can fail for a reason that its user can mend.
+"""The five ways in which a run can fail for a reason that its user can mend.
 
 Every message names the value that was found and the remedy. Anything else that is raised is a defect of ours.
 """
@@ -25,3 +25,7 @@ class JudgeError(SIPError):
 
 class CheckpointError(SIPError):
     """A checkpoint that is missing, half written or of another model."""
+
+
+class RolloutError(SIPError):
+    """A rollout server cannot be reached, does not fit the run, or did not answer after all attempts."""

@@ -152,7 +152,7 @@ class RowBatch:
     reference_log_probs: torch.Tensor | None = None
     """float32 [B, L], under the reference policy."""
     sampling_log_probs: torch.Tensor | None = None
-    """float32 [B, L], at sampling time."""
+    """float32 [B, L], at sampling time; NaN for the tokens of a candidate that was not sampled."""
     advantages: torch.Tensor | None = None
     """float32 [B, C], for GRPO."""
 

@@ -1,4 +1,4 @@
-"""Sums of an objective's metrics over micro-batches, passes and replicas."""
+"""Sums of an objective's metrics over micro-batches, passes and replicas; maxima of those named ``..._max``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.passes import Metrics
 from megatron_sip.types import RowBatch
+
+
+_MAXIMUM = "_max"
 
 
 class MetricSums:
@@ -28,9 +31,9 @@ class MetricSums:
         for metrics in micro_batches:
             for name, (total, count) in metrics.items():
                 both = torch.stack([total.double(), count.double()])
-                own[name] = own[name] + both if name in own else both
+                own[name] = _joined(name, own[name], both) if name in own else both
         for name, both in own.items():
-            self._sums[name] = self._sums[name] + both if name in self._sums else both
+            self._sums[name] = _joined(name, self._sums[name], both) if name in self._sums else both
         return {name: (both[0], both[1]) for name, both in own.items()}
 
     def collect(self) -> dict[str, tuple[float, float]]:
@@ -43,6 +46,10 @@ class MetricSums:
             flat = {f"{part}:{n}": v[part] for n, v in zip(names, values, strict=True) for part in (0, 1)}
             sums = context.sum_over_data_parallel(flat)
             result = {name: (sums[f"0:{name}"], sums[f"1:{name}"]) for name in names}
+            maxima = {name: tuple(v) for name, v in zip(names, values, strict=True) if name.endswith(_MAXIMUM)}
+            if maxima:
+                of_all = context.gather_over_data_parallel(maxima)
+                result |= {name: (max(m[name][0] for m in of_all), max(m[name][1] for m in of_all)) for name in maxima}
         return context.broadcast_from_last_stage(result)
 
 
@@ -51,3 +58,7 @@ def padding(name: str, batch: RowBatch, device: torch.device) -> Metrics:
     total = torch.tensor(float(batch.tokens.numel()))
     padded = total - batch.num_real_tokens().cpu()
     return {f"padding/{name}": (padded.to(device), total.to(device))}
+
+
+def _joined(name: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(first, second) if name.endswith(_MAXIMUM) else first + second

@@ -38,8 +38,8 @@ class Row:
     continuations: tuple[IntArray, ...]
     """C arrays of token ids [<= T]; an empty one is a block of padding."""
     weight: float = 1.0
-    sampling_log_probs: tuple[FloatArray, ...] | None = None
-    """float [<= T] per continuation."""
+    sampling_log_probs: tuple[FloatArray | None, ...] | None = None
+    """float [<= T] per continuation, None for one that was not sampled; None if none was."""
     advantages: FloatArray | None = None
     """float [C]."""
 
@@ -114,9 +114,7 @@ def build_rows(
     filler = Row(np.zeros(1, dtype=np.int64), (_NO_TOKENS,) * num_candidates, weight=0.0)
     padded = [*rows, *[filler] * (total * size - len(rows))]
     # All micro-batches of a call carry the same fields, so that the schedule's ranks agree on what they receive.
-    sampled = any(r.sampling_log_probs is not None for r in rows) and all(
-        r.sampling_log_probs is not None for r in rows if r.weight
-    )
+    sampled = any(r.sampling_log_probs is not None for r in rows)
     advantages = any(r.advantages is not None for r in rows)
     parts = [padded[start : start + size] for start in range(0, len(padded), size)]
     return tuple(_micro_batch(part, _fitted(layout, part, shape), sampled, advantages) for part in parts)
@@ -153,12 +151,12 @@ def _row(
     """A row of no candidates is all padding after its prefix."""
     if not candidates:
         return Row(prefix, (_NO_TOKENS,) * num_candidates, weight=0.0)
-    sampled = [c.sampling_log_probs for c in candidates if c.sampling_log_probs is not None]
+    sampled = tuple(c.sampling_log_probs for c in candidates)
     return Row(
         prefix,
         tuple(c.tokens for c in candidates),
         weight,
-        tuple(sampled) if len(sampled) == len(candidates) else None,
+        None if all(values is None for values in sampled) else sampled,
         advantages,
     )
 
@@ -200,8 +198,8 @@ def _micro_batch(rows: Sequence[Row], layout: RowLayout, sampled: bool, advantag
             sources[index, scored : scored + block] = start - 1 + np.arange(block)
             sources[index, scored] = prefix_length - 1
             mask[index, scored : scored + length] = 1.0
-            if sampled and row.sampling_log_probs is not None:
-                sampling[index, scored : scored + length] = row.sampling_log_probs[c]
+            known = row.sampling_log_probs[c] if row.sampling_log_probs is not None else None
+            sampling[index, scored : scored + length] = np.nan if known is None else known
     advantage = np.zeros((num_rows, num_candidates), dtype=np.float32)
     for index, row in enumerate(rows):
         if row.advantages is not None:

@@ -8,10 +8,11 @@ from megatron_sip.config.fields import option
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.rollout.candidates import CandidatePool
 from megatron_sip.rollout.parameters import SamplingParameters
+from megatron_sip.rollout.vllm.config import VllmOptions
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(VllmOptions):
     """Which candidates a prefix gets, and how the policy's own are sampled."""
 
     candidates: str = option(
@@ -52,6 +53,7 @@ class RolloutConfig:
         """Raises ConfigurationError for a value that cannot work."""
         _ = self.pool
         self.sampling.validate()
+        self.validate_vllm()
         if self.rollout_max_new_tokens is not None and self.rollout_max_new_tokens < 1:
             raise ConfigurationError(
                 f"--rollout-max-new-tokens is {self.rollout_max_new_tokens}: give at least 1, or leave it out to "

@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_sip.checkpoint.huggingface import to_hugging_face, to_megatron
-from megatron_sip.checkpoint.huggingface.config_json import architecture_of, config_of, recipe_of
 from megatron_sip.checkpoint.huggingface.verify import Comparison
 from megatron_sip.errors import CheckpointError, ConfigurationError, SIPError
+from megatron_sip.huggingface.config_json import architecture_of, config_of, recipe_of
 from megatron_sip.model import PRESETS, ModelConfig
 from tests.interop.claims import ROWS
 from tests.interop.models import save_model

@@ -17,27 +17,28 @@ import torch
 import yaml
 
 from megatron_sip.checkpoint import layout
-from megatron_sip.checkpoint.huggingface.config_json import (
+from megatron_sip.checkpoint.huggingface.megatron_side import Source, open_checkpoint
+from megatron_sip.checkpoint.huggingface.shards import ShardReader, ShardWriter
+from megatron_sip.checkpoint.identity import identity_of
+from megatron_sip.checkpoint.writing import COMMON_STATE
+from megatron_sip.errors import CheckpointError, ConfigurationError
+from megatron_sip.huggingface.config_json import (
     CONFIG,
     architecture_of,
     config_of,
     read_config,
     recipe_of,
 )
-from megatron_sip.checkpoint.huggingface.correspondence import EMBEDDING, Piece, pieces, whole_shapes
 from megatron_sip.checkpoint.huggingface.megatron_side import Source, open_checkpoint
 from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
-from megatron_sip.checkpoint.huggingface.safetensors_files import (
+from megatron_sip.huggingface.correspondence import EMBEDDING, Piece, pieces, whole_shapes
+from megatron_sip.huggingface.safetensors_files import (
     ShardedWriter,
     StoredTensor,
     open_model,
     read_tensor,
 )
-from megatron_sip.checkpoint.huggingface.shards import ShardReader, ShardWriter
-from megatron_sip.checkpoint.huggingface.vocabulary import Vocabulary, carry, has_tokenizer, read_vocabulary
-from megatron_sip.checkpoint.identity import identity_of
-from megatron_sip.checkpoint.writing import COMMON_STATE
-from megatron_sip.errors import CheckpointError, ConfigurationError
+from megatron_sip.huggingface.vocabulary import Vocabulary, carry, has_tokenizer, read_vocabulary
 from megatron_sip.model.presets import Architecture
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.checkpoint import layout
-from megatron_sip.checkpoint.huggingface.correspondence import EMBEDDING
 from megatron_sip.checkpoint.reading import StoredTensors, read_common, read_index
 from megatron_sip.errors import CheckpointError
+from megatron_sip.huggingface.correspondence import EMBEDDING
 from megatron_sip.model.presets import Architecture, RopeScaling
 
 _PREFIXES = ("", "model.", "module.", "module.model.")

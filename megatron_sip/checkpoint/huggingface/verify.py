@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from megatron_sip.checkpoint.config import CheckpointConfig
-from megatron_sip.checkpoint.huggingface.config_json import CONFIG, architecture_of, read_config, recipe_of
-from megatron_sip.checkpoint.huggingface.vocabulary import has_tokenizer, read_vocabulary
 from megatron_sip.checkpoint.identity import identity_of
 from megatron_sip.checkpoint.manager import CheckpointManager
 from megatron_sip.distributed import ParallelConfig, initialize
 from megatron_sip.errors import CheckpointError
+from megatron_sip.huggingface.config_json import CONFIG, architecture_of, read_config, recipe_of
+from megatron_sip.huggingface.vocabulary import has_tokenizer, read_vocabulary
 from megatron_sip.model import CausalPlan, ModelConfig, NextLogits, build_model
 
 TOLERANCE = 1e-4

@@ -1,7 +1,7 @@
-"""Sends chat completions to several endpoints; retries what may succeed later, and counts everything.
+"""Posts requests to several endpoints; retries what may succeed later, and counts everything.
 
-One client per teacher process, in its event loop. ``complete`` never raises for what a server or the network does: it
-returns a ``Failure``.
+``HttpClient`` knows nothing of what is asked; ``ChatClient`` asks for chat completions, one client per teacher process,
+in its event loop. ``complete`` never raises for what a server or the network does: it returns a ``Failure``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 import orjson
@@ -23,6 +23,8 @@ from megatron_sip.teacher.http.endpoints import Endpoint, EndpointPool, Lease, O
 from megatron_sip.teacher.http.failures import SERVER, TRANSPORT, Failure, failure_of_status
 from megatron_sip.teacher.http.limits import LatencyWindow, RateLimiter, backoff_s
 from megatron_sip.teacher.http.reply import Reply, decode_json, read_reply
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,35 @@ class ClientSettings:
 
 
 @dataclass(frozen=True)
-class _Attempt:
-    outcome: Reply | Failure
+class _Attempt(Generic[T]):
+    outcome: T | Failure
     endpoint: Endpoint | None
     free: bool = False
     """A failed probe of an endpoint known to be bad does not use up one of the request's attempts."""
 
 
-class ChatClient:
-    """``api_key`` is sent and never shown: messages that echo it are masked."""
+class HttpClient(Generic[T]):
+    """Asks one route of several servers of the same model.
 
-    def __init__(self, urls: Sequence[str], settings: ClientSettings, api_key: str = "") -> None:
+    Args:
+        urls: of the servers.
+        settings: limits.
+        path: of the route, after the URL.
+        read: the body of a 200 -> its meaning, or why it is none.
+        api_key: sent and never shown: messages that echo it are masked.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        settings: ClientSettings,
+        path: str,
+        read: Callable[[bytes], T | Failure],
+        api_key: str = "",
+    ) -> None:
         self._settings = settings
+        self._path = path
+        self._read = read
         self._api_key = api_key
         self._random = random.Random(settings.seed)
         self._pool = EndpointPool(
@@ -80,15 +99,15 @@ class ChatClient:
     def endpoints(self) -> Sequence[Endpoint]:
         return self._pool.endpoints
 
-    async def complete(self, body: Callable[[], Mapping[str, Any]]) -> Reply | Failure:
-        """Answer to one chat completion request. Waits while ``max_in_flight`` others are under way.
+    async def complete(self, body: Callable[[], Mapping[str, Any]]) -> T | Failure:
+        """Answer to one request. Waits while ``max_in_flight`` others are under way.
 
         ``body`` is made when its turn has come: of a hundred thousand questions only those under way take memory.
         """
         async with self._slots:
             self.counts["requests"] += 1
             outcome = await self._until_answered(_encoded(body()))
-        self.counts["answered" if isinstance(outcome, Reply) else "failed"] += 1
+        self.counts["failed" if isinstance(outcome, Failure) else "answered"] += 1
         return outcome
 
     async def close(self) -> None:
@@ -96,7 +115,7 @@ class ChatClient:
             await self._session.close()
             self._session = None
 
-    async def _until_answered(self, payload: bytes) -> Reply | Failure:
+    async def _until_answered(self, payload: bytes) -> T | Failure:
         settings, used, avoid = self._settings, 0, None
         deadline = time.monotonic() + settings.give_up_s
         while True:
@@ -104,7 +123,7 @@ class ChatClient:
             deadline += await self._rate.wait()
             attempt = await self._attempt_hedged(payload, deadline, avoid)
             outcome = attempt.outcome
-            if isinstance(outcome, Reply) or not outcome.transient or attempt.endpoint is None:
+            if not isinstance(outcome, Failure) or not outcome.transient or attempt.endpoint is None:
                 return outcome
             used += not attempt.free
             if used >= settings.max_attempts:
@@ -116,7 +135,7 @@ class ChatClient:
             self.counts["retries"] += 1
             avoid = attempt.endpoint
 
-    async def _attempt_hedged(self, payload: bytes, deadline: float, avoid: Endpoint | None) -> _Attempt:
+    async def _attempt_hedged(self, payload: bytes, deadline: float, avoid: Endpoint | None) -> _Attempt[T]:
         lease = await self._pool.acquire(deadline, avoid)
         if lease is None:
             return _Attempt(
@@ -142,8 +161,8 @@ class ChatClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _attempt(self, payload: bytes, lease: Lease, deadline: float) -> _Attempt:
-        outcome: Reply | Failure | None = None
+    async def _attempt(self, payload: bytes, lease: Lease, deadline: float) -> _Attempt[T]:
+        outcome: T | Failure | None = None
         try:
             outcome = await self._send(payload, lease.endpoint, deadline)
         finally:
@@ -156,14 +175,14 @@ class ChatClient:
             self.counts[f"attempt_{outcome.kind}"] += 1
         return _Attempt(outcome, lease.endpoint, free=lease.probe)
 
-    async def _send(self, payload: bytes, endpoint: Endpoint, deadline: float) -> Reply | Failure:
+    async def _send(self, payload: bytes, endpoint: Endpoint, deadline: float) -> T | Failure:
         settings = self._settings
         start = time.monotonic()
         total = max(0.001, min(settings.request_timeout_s, deadline - start))
         self.counts["attempts"] += 1
         try:
             async with self._open_session().post(
-                f"{endpoint.url}/chat/completions",
+                f"{endpoint.url}{self._path}",
                 data=payload,
                 timeout=aiohttp.ClientTimeout(
                     total=total, sock_connect=settings.connect_timeout_s, sock_read=settings.read_timeout_s
@@ -179,8 +198,8 @@ class ChatClient:
             message = self._masked(f"{type(error).__name__} at {endpoint.url}: {error}")
             return Failure(TRANSPORT, message[:300], transient=True, harms_endpoint=True)
         if response.status == 200:
-            outcome = read_reply(body)
-            if isinstance(outcome, Reply):
+            outcome = self._read(body)
+            if not isinstance(outcome, Failure):
                 self._latencies.add(time.monotonic() - start)
             return outcome
         if response.status < 300:
@@ -212,14 +231,21 @@ def _encoded(body: Mapping[str, Any]) -> bytes:
         return json.dumps(body).encode()
 
 
-async def _first_answer(tasks: set[asyncio.Task[_Attempt]]) -> _Attempt:
+class ChatClient(HttpClient[Reply]):
+    """Asks for chat completions."""
+
+    def __init__(self, urls: Sequence[str], settings: ClientSettings, api_key: str = "") -> None:
+        super().__init__(urls, settings, "/chat/completions", read_reply, api_key)
+
+
+async def _first_answer(tasks: set[asyncio.Task[_Attempt[T]]]) -> _Attempt[T]:
     """The first reply; a failure only if all have failed."""
     pending, last = set(tasks), None
     while pending:
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             last = task.result()
-            if isinstance(last.outcome, Reply):
+            if not isinstance(last.outcome, Failure):
                 return last
     assert last is not None
     return last

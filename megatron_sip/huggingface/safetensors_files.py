@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -23,6 +23,9 @@ INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Types and shapes of tensors by name, in the order in which they are written."""
+
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -86,6 +89,45 @@ def read_tensor(stored: StoredTensor, first_row: int = 0, num_rows: int | None =
     return tensor
 
 
+class FileWriter:
+    """Writes one file, its tensors in an order planned before; a context manager.
+
+    Args:
+        path: of the file.
+        tensors: name -> (type, shape) of its tensors, in order.
+    """
+
+    def __init__(self, path: Path, tensors: Plan) -> None:
+        self._tensors = tensors
+        self._waiting = list(reversed(tensors))
+        self._file = open(path, "wb")  # noqa: SIM115 (closed at exit)
+        self._file.write(header_of(tensors))
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tensors are written."""
+        return not self._waiting
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor of the plan."""
+        planned = self._waiting.pop()
+        assert (name, (tensor.dtype, tuple(tensor.shape))) == (planned, self._tensors[name]), (name, planned)
+        self._file.write(_bytes_of(tensor.contiguous()))
+
+    def close(self) -> None:
+        """After the last tensor."""
+        assert self.is_complete, self._waiting[-1]
+        self._file.close()
+
+
 class ShardedWriter:
     """Writes tensors, in an order planned before, into files of at most a given size, and their index.
 
@@ -95,17 +137,11 @@ class ShardedWriter:
         max_shard_bytes: a larger tensor has a file of its own.
     """
 
-    def __init__(
-        self, directory: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_bytes: int
-    ) -> None:
+    def __init__(self, directory: Path, tensors: Plan, max_shard_bytes: int) -> None:
         self._directory = directory
-        self._tensors = tensors
-        self._shards = _split(tensors, max_shard_bytes)
-        self._names = _shard_names(len(self._shards))
-        self._waiting = [(name, number) for number, shard in enumerate(self._shards) for name in shard]
-        self._waiting.reverse()
-        self._current = -1
-        self._file: IO[bytes] | None = None
+        self._plans = plan_files(tensors, max_shard_bytes)
+        self._waiting = list(reversed(self._plans))
+        self._file: FileWriter | None = None
 
     def __enter__(self) -> ShardedWriter:
         return self
@@ -114,36 +150,45 @@ class ShardedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            self._file.__exit__(kind, error, trace)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """The next tensor of the plan."""
-        planned, number = self._waiting.pop()
-        assert (name, (tensor.dtype, tuple(tensor.shape))) == (planned, self._tensors[name]), (name, planned)
-        if number != self._current:
-            self._open(number)
-        assert self._file is not None
-        self._file.write(_bytes_of(tensor.contiguous()))
+        if self._file is None or self._file.is_complete:
+            if self._file is not None:
+                self._file.close()
+            file_name = self._waiting.pop()
+            self._file = FileWriter(self._directory / file_name, self._plans[file_name])
+        self._file.add(name, tensor)
 
     def finish(self) -> None:
         """After the last tensor: the index, where there is more than one file."""
-        assert not self._waiting, self._waiting[-1]
-        if self._file is not None:
-            self._file.close()
-        if len(self._shards) > 1:
-            placed = zip(self._names, self._shards, strict=True)
-            index = {
-                "metadata": {"total_size": sum(_num_bytes(entry) for entry in self._tensors.values())},
-                "weight_map": {tensor: name for name, shard in placed for tensor in shard},
-            }
-            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        assert self._file is not None and not self._waiting, self._waiting
+        self._file.close()
+        if len(self._plans) > 1:
+            write_index(self._directory, self._plans)
 
-    def _open(self, number: int) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._current = number
-        self._file = open(self._directory / self._names[number], "wb")  # noqa: SIM115 (closed at exit)
-        self._file.write(_header({name: self._tensors[name] for name in self._shards[number]}))
+
+def plan_files(tensors: Plan, max_bytes: int) -> dict[str, Plan]:
+    """Which tensors go into which file, by its name: as many as fit, one at least."""
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, entry in tensors.items():
+        if shards[-1] and filled + _num_bytes(entry) > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = entry
+        filled += _num_bytes(entry)
+    return dict(zip(_shard_names(len(shards)), shards, strict=True))
+
+
+def write_index(directory: Path, files: Mapping[str, Plan]) -> None:
+    """Says which tensor is in which of several files."""
+    index = {
+        "metadata": {"total_size": sum(_num_bytes(entry) for plan in files.values() for entry in plan.values())},
+        "weight_map": {tensor: name for name, plan in files.items() for tensor in plan},
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _open_shards(directory: Path) -> dict[str, StoredTensor]:
@@ -186,25 +231,14 @@ def _num_bytes(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return entry[0].itemsize * math.prod(entry[1])
 
 
-def _split(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, entry in tensors.items():
-        if shards[-1] and filled + _num_bytes(entry) > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += _num_bytes(entry)
-    return shards
-
-
 def _shard_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+def header_of(tensors: Plan) -> bytes:
+    """What stands before the bytes of a file's tensors."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants it
     start = 0
     for name, entry in tensors.items():
