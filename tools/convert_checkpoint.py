@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "the model in memory in float32",
         )  # fmt: skip
         if name == "to-hf":
-            add_export_options(command)
+            add_export_options(command, rows="as in --like, else the tokens")
     return parser.parse_args(argv)
 
 
@@ -54,7 +54,7 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="keep", help="type of the weights [keep]")
 
 
-def add_export_options(parser: argparse.ArgumentParser) -> None:
+def add_export_options(parser: argparse.ArgumentParser, rows: str) -> None:
     """Those of to-hf, which tools/export_policy.py has too."""
     parser.add_argument("--step", type=int, help="step to convert [the latest]")
     parser.add_argument(
@@ -62,7 +62,11 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help="model directory that training started from: its config.json and tokenizer go along [what to-megatron put "
         f"into {CARRIED_DIRECTORY}/ beside the weights]",
     )  # fmt: skip
-    parser.add_argument("--vocab-rows", type=int, help="rows of the embedding [as in --like, else the tokens]")
+    parser.add_argument("--vocab-rows", type=int, help=f"rows of the embedding [{rows}]")
+    parser.add_argument(
+        "--untie", action="store_true",
+        help="write a tied output layer as a tensor of its own: vLLM on CPU would not take new weights into a tied one",
+    )  # fmt: skip
     parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of one file [5]")
 
 
@@ -93,6 +97,7 @@ def export(source: Path, options: argparse.Namespace, check: Check | None = None
         like=options.like,
         dtype=options.dtype,
         vocab_rows=options.vocab_rows,
+        untie=options.untie,
         max_shard_bytes=int(options.max_shard_gib * 2**30),
         check=check,
     )

@@ -1,9 +1,11 @@
 """Exports a policy to a directory for vLLM or transformers, and prints the command that serves it.
 
     tools/export_policy.py CHECKPOINT OUTPUT [--like HF_DIR] [--tensor-parallel-size 2] [--port 8000]
+    tools/export_policy.py CHECKPOINT OUTPUT --for-rollouts       then: pretrain_sip.py --rollout-engine vllm ...
 
-CHECKPOINT is what --save was. A policy that was trained from scratch with a SentencePiece tokenizer has no tokenizer of
-transformers': it is served by token ids (--skip-tokenizer-init).
+CHECKPOINT is what --save was, or what tools/convert_checkpoint.py to-megatron made. A policy that was trained from
+scratch with a SentencePiece tokenizer has no tokenizer of transformers': it is served by token ids
+(--skip-tokenizer-init).
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="what --save was, or one iter_* directory")
     parser.add_argument("output", type=Path, help="new directory")
     add_dtype_option(parser)
-    add_export_options(parser)
+    add_export_options(parser, rows="the tokens: a server samples no others")
+    parser.add_argument(
+        "--for-rollouts", action="store_true",
+        help="let the server take new weights from a run with --rollout-engine vllm: whoever reaches it can give them",
+    )  # fmt: skip
     parser.add_argument("--served-model-name", help="name that clients ask for [the output's]")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of the server [1]")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
@@ -49,13 +55,16 @@ def serve_command(converted: Converted, options: argparse.Namespace) -> str:
     words += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
     if not converted.has_tokenizer:
         words.append("--skip-tokenizer-init")
-    return shlex.join(words)
+    if options.for_rollouts:
+        words += ["--enable-scale-out", "--logprobs-mode", "raw_logprobs"]
+    return ("VLLM_SERVER_DEV_MODE=1 " if options.for_rollouts else "") + shlex.join(words)
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     options = parse(argv)
     try:
+        options.vocab_rows = options.vocab_rows or 0
         converted = export(options.checkpoint, options)
     except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

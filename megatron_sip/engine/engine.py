@@ -156,6 +156,10 @@ class Engine:
                 f"--lr ({self.learning_rate:g} here) or --clip-grad, or go on from an earlier checkpoint."
             )
 
+    def finish_parameter_sync(self) -> None:
+        """Completes what an optimizer step left to the next forward pass, so that the chunks hold the new weights."""
+        self._optimizer.finish_parameter_sync()
+
     def parameter_norm(self) -> float:
         """L2 norm of the whole model's parameters."""
         self._optimizer.finish_parameter_sync()

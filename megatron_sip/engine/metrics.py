@@ -10,7 +10,6 @@ from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.passes import Metrics
 from megatron_sip.types import RowBatch
 
-
 _MAXIMUM = "_max"
 
 

@@ -17,6 +17,8 @@ from megatron_sip.model.presets import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+LM_HEAD = "lm_head.weight"
+"""transformers' name of the output layer."""
 _LAYERS = "decoder.layers."
 
 Shape = tuple[int, ...]
@@ -73,7 +75,7 @@ def pieces(architecture: Architecture, vocab_rows: int) -> list[Piece]:
         found += _attention(a, layer) + _mlp(a, layer)
     found.append(_plain("decoder.final_layernorm.weight", None, "model.norm.weight", (a.hidden_size,)))
     if a.untie_embeddings_and_output_weights:
-        found.append(_plain(OUTPUT, None, "lm_head.weight", table))
+        found.append(_plain(OUTPUT, None, LM_HEAD, table))
     return found
 
 

@@ -99,7 +99,7 @@ class FileWriter:
 
     def __init__(self, path: Path, tensors: Plan) -> None:
         self._tensors = tensors
-        self._waiting = list(reversed(tensors))
+        self._waiting = list(tensors)[::-1]
         self._file = open(path, "wb")  # noqa: SIM115 (closed at exit)
         self._file.write(header_of(tensors))
 
@@ -140,7 +140,7 @@ class ShardedWriter:
     def __init__(self, directory: Path, tensors: Plan, max_shard_bytes: int) -> None:
         self._directory = directory
         self._plans = plan_files(tensors, max_shard_bytes)
-        self._waiting = list(reversed(self._plans))
+        self._waiting = list(self._plans)[::-1]
         self._file: FileWriter | None = None
 
     def __enter__(self) -> ShardedWriter:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from megatron_sip.objectives.grpo import GRPO
     from megatron_sip.objectives.next_token import NextToken
     from megatron_sip.objectives.nll import SuffixNLL
+    from megatron_sip.objectives.sampling import AgainstSampling
 else:
     __getattr__ = imported_when_asked_for(
         __name__,
@@ -17,10 +18,12 @@ else:
         grpo="GRPO",
         next_token="NextToken",
         nll="SuffixNLL",
+        sampling="AgainstSampling",
     )
 
 __all__ = [
     "GRPO",
+    "AgainstSampling",
     "GRPOConfig",
     "NextToken",
     "ObjectiveConfig",

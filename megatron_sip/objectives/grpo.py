@@ -26,7 +26,8 @@ class GRPO:
     Sources: Shao et al. 2024 (arXiv 2402.03300), eq. 3 and 4; Liu et al. 2025 (arXiv 2503.20783) for "constant"; Yu et
     al. 2025 (arXiv 2503.14476) for "token" and for two clipping bounds. The advantages A are made by
     ``preference.group_advantages``. Log-probs are of the untruncated softmax at T = 1, however the rollouts were drawn.
-    p_old are ``RowBatch.sampling_log_probs``; without them p_old is p itself: exact for the first update of a batch.
+    p_old are ``RowBatch.sampling_log_probs``; where there are none p_old is p itself: exact for a batch's
+    first update.
     Unit: a token, or a rollout with at least one token, of a row with weight > 0.
     """
 
@@ -52,7 +53,7 @@ class GRPO:
         valid = _valid(batch)
         # Padding is selected away before any arithmetic: its log-prob may be -inf, and 0 * inf would be NaN.
         policy = _blocks(log_probs, valid)
-        old = policy.detach() if batch.sampling_log_probs is None else _blocks(batch.sampling_log_probs, valid)
+        old = self._old(policy.detach(), batch, valid)
         advantages = batch.advantages.unsqueeze(2)  # [B, C, 1]
         ratios = (policy - old).exp()  # [B, C, T]
         clipped = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
@@ -63,6 +64,13 @@ class GRPO:
         losses = torch.where(valid, losses, torch.zeros_like(losses)).double()
         loss_sum = self._sum(losses, valid)
         return ObjectiveTerms(loss_sum, self._metrics(loss_sum, ratios, clipped, advantages, divergence, valid))
+
+    @staticmethod
+    def _old(policy: torch.Tensor, batch: RowBatch, valid: torch.Tensor) -> torch.Tensor:
+        if batch.sampling_log_probs is None:
+            return policy
+        sampled = _blocks(batch.sampling_log_probs, valid)
+        return torch.where(sampled.isnan(), policy, sampled)
 
     def _sum(self, losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         if self.loss_mean == "token":

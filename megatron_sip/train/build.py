@@ -24,11 +24,13 @@ from megatron_sip.data.loader import SampleLoader
 from megatron_sip.distributed import ParallelContext, memory_metrics, synchronize
 from megatron_sip.engine.engine import Engine
 from megatron_sip.model import PolicyModel, build_model, count_parameters, training_flops_per_token
-from megatron_sip.objectives import build_judged_objective
+from megatron_sip.objectives import AgainstSampling, build_judged_objective
 from megatron_sip.observability.run_info import write_run_info
 from megatron_sip.observability.throughput import throughput_scalars
 from megatron_sip.observability.timers import Timers
+from megatron_sip.rollout import RolloutEngine
 from megatron_sip.rollout.in_process import InProcessEngine
+from megatron_sip.rollout.vllm.engine import VllmEngine
 from megatron_sip.teacher import TeacherProcess
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from megatron_sip.train.checks import check_layout, reference_policy, trains_on, uses_judge, uses_rewriter
@@ -63,6 +65,18 @@ def build_policy(config: TrainConfig, context: ParallelContext) -> Policy:
     rollouts = InProcessEngine(chunks, context, config.rollout, tokenizer.vocab_size, tokenizer.eod_id)
     identity = identity_of(config.model.resolve(), tokenizer.vocab_size, tokenizer.fingerprint)
     return Policy(tokenizer, chunks, rollouts, identity)
+
+
+def build_rollouts(config: TrainConfig, context: ParallelContext, policy: Policy, stack: ExitStack) -> RolloutEngine:
+    """The rollout engine of a training run; ``stack`` ends what it holds open."""
+    if config.rollout.rollout_engine == "in_process":
+        return policy.rollouts
+    tokenizer = policy.tokenizer
+    engine = VllmEngine(
+        policy.chunks, context, config.rollout, config.model.resolve(), tokenizer.vocab_size, tokenizer.eod_id
+    )
+    stack.callback(engine.close)
+    return engine
 
 
 def step_shape(config: TrainConfig, tokenizer: Tokenizer) -> StepShape:
@@ -136,6 +150,7 @@ class _Parts:
     """What several parts of a run are made of."""
 
     policy: Policy
+    rollouts: RolloutEngine
     shape: StepShape
     timers: Timers
     record: RunRecord
@@ -168,12 +183,12 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
     stack.callback(link.close)
     objective = dataclasses.replace(config.objective, reference_policy=reference_policy(config))
     engine = Engine(policy.chunks, config.engine, objective, context, config.training.train_iters)
-    policy.rollouts.sync_weights(engine.num_updates)
+    rollouts = build_rollouts(config, context, policy, stack)
     loader = build_loader(config.data, config.data.data_path, tokenizer, config.training.seed, _streams(config))
     rule = PauseRule(config.training.judge_pause_failure_rate, config.training.judge_pause_window)
     desk = VerdictDesk(link, context, rule, record.message)
     preparer = Preparer(
-        rollouts=policy.rollouts,
+        rollouts=rollouts,
         teacher=link,
         verdicts=desk,
         loader=loader,
@@ -190,6 +205,7 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
     stack.callback(checkpoints.close)
     return _Parts(
         policy=policy,
+        rollouts=rollouts,
         shape=shape,
         timers=timers,
         record=record,
@@ -206,14 +222,14 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
 def _runner(config: TrainConfig, context: ParallelContext, parts: _Parts) -> StepRunner:
     return StepRunner(
         engine=parts.engine,
-        rollouts=parts.policy.rollouts,
+        rollouts=parts.rollouts,
         verdicts=parts.desk,
         loader=parts.loader,
         context=context,
         shape=parts.shape,
         pool=config.rollout.pool,
         preference=config.preference,
-        objective=build_judged_objective(config.objective),
+        objective=AgainstSampling(build_judged_objective(config.objective), config.rollout.rollout_importance_cap),
         fill=_fill_rule(config, context),
         early_reference=config.training.reference_scoring == "early",
         timers=parts.timers,

@@ -124,6 +124,7 @@ class StepRunner:
 
     def sync_rollouts(self) -> None:
         """Rollouts come from the present weights from now on."""
+        self._engine.finish_parameter_sync()
         self._rollouts.sync_weights(self._engine.num_updates)
 
     def _preferences(

@@ -179,10 +179,9 @@ class Trainer:
     def load(self) -> int:
         """Goes on from the checkpoint that the options name, if there is one; returns the step. Collective."""
         loaded = self._checkpoints.load(self._build_state)
-        if loaded is None:
-            return 0
-        self._engine.load_state_dict(loaded.state)
-        self._resume(loaded)
+        if loaded is not None:
+            self._engine.load_state_dict(loaded.state)
+            self._resume(loaded)
         self._runner.sync_rollouts()
         return self._step
 

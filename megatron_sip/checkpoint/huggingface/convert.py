@@ -31,7 +31,7 @@ from megatron_sip.huggingface.config_json import (
 )
 from megatron_sip.checkpoint.huggingface.megatron_side import Source, open_checkpoint
 from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
-from megatron_sip.huggingface.correspondence import EMBEDDING, Piece, pieces, whole_shapes
+from megatron_sip.huggingface.correspondence import EMBEDDING, LM_HEAD, Piece, pieces, whole_shapes
 from megatron_sip.huggingface.safetensors_files import (
     ShardedWriter,
     StoredTensor,
@@ -111,6 +111,7 @@ def to_hugging_face(
     like: Path | None = None,
     dtype: str = "keep",
     vocab_rows: int | None = None,
+    untie: bool = False,
     max_shard_bytes: int = 5 << 30,
     check: Check | None = None,
 ) -> Converted:
@@ -122,7 +123,8 @@ def to_hugging_face(
         step: the latest one if not given.
         like: a model directory whose configuration and tokenizer go along; by default what ``to_megatron`` carried.
         dtype: one of ``DTYPES``.
-        vocab_rows: rows of the embedding; by default as ``like`` has them, else the tokenizer's tokens.
+        vocab_rows: rows of the embedding; by default as ``like`` has them, else the tokenizer's tokens. 0: the tokens.
+        untie: write a tied output layer as a tensor of its own.
         max_shard_bytes: of one safetensors file.
         check: see ``Check``.
 
@@ -146,14 +148,22 @@ def to_hugging_face(
     kinds = {piece.key: DTYPES[dtype] or reader.dtype(checkpoint.prefix + piece.key) for piece in wanted}
     with _complete_or_nothing(output) as partial:
         plan = {name: (kinds[piece.key], shape) for piece in wanted for name, shape in piece.sources}
+        copied = wanted[0] if untie and not architecture.untie_embeddings_and_output_weights else None
+        if copied is not None:
+            plan[LM_HEAD] = (kinds[copied.key], copied.shape)
         with ShardedWriter(partial, plan, max_shard_bytes) as writer:
             for piece in wanted:
                 tensor = reader.read(checkpoint.prefix + piece.key, piece.offsets, piece.sizes)
                 parts = piece.split(tensor.reshape(piece.shape))
                 for (name, _), part in zip(piece.sources, parts, strict=True):
                     writer.add(name, part.to(kinds[piece.key]))
+            if copied is not None:
+                tensor = reader.read(checkpoint.prefix + copied.key, copied.offsets, copied.sizes)
+                writer.add(LM_HEAD, tensor.to(kinds[copied.key]))
             writer.finish()
         values = config_of(architecture, rows, kinds[EMBEDDING], model, vocabulary.eod)
+        if copied is not None:
+            values["tie_word_embeddings"] = False
         (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if like is not None:
             carry(like, partial)

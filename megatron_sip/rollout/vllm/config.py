@@ -32,7 +32,7 @@ class VllmOptions:
     )
     rollout_importance_cap: float = option(
         0.0,
-        help="weight each judged row by the ratio of its rollouts' likelihood now and when sampled, at most this; 0: no",
+        help="weight judged rows by the ratio of their rollouts' likelihood now and when sampled, at most this; 0: no",
     )
     rollout_max_in_flight: int = option(256, help="requests under way per data-parallel replica, one per prefix")
     rollout_max_attempts: int = option(5, help="attempts of one request; only transient failures are tried again")
@@ -44,8 +44,8 @@ class VllmOptions:
         """Raises ConfigurationError for a value that cannot work."""
         if self.rollout_engine == "vllm" and not self.rollout_endpoints:
             raise ConfigurationError(
-                "--rollout-endpoints is missing: --rollout-engine vllm needs servers; tools/export_policy.py prints the "
-                "command that starts one"
+                "--rollout-endpoints is missing: --rollout-engine vllm needs servers; tools/export_policy.py prints "
+                "the command that starts one"
             )
         for url in self.rollout_endpoints:
             parts = urlsplit(url)

@@ -46,6 +46,7 @@ class VllmEngine:
         self._config = config
         self._vocab_size = vocab_size
         self._eod = eod
+        self._tied = not architecture.untie_embeddings_and_output_weights
         self._weights = StageWeights(chunks, context, architecture, vocab_size)
         dtype = next(chunks[0].parameters()).dtype
         model_config = config_of(architecture, vocab_size, dtype, None, eod)
@@ -83,16 +84,16 @@ class VllmEngine:
         Raises:
             RolloutError: a request has no answer after all attempts; on all ranks of the replica.
         """
-        outcome: list[list[Candidate]] | str | None = None
+        own: tuple[list[list[Candidate]], str] = ([], "")
         if self._servers is not None:
             try:
-                outcome = self._ask(self._servers, requests)
+                own = (self._ask(self._servers, requests), "")
             except RolloutError as error:
-                outcome = str(error)
-        outcome = self._context.broadcast_object(outcome)
-        if isinstance(outcome, str):
-            raise RolloutError(outcome)
-        return outcome
+                own = ([], str(error))
+        candidates, problem = self._context.broadcast_object(own)
+        if problem:
+            raise RolloutError(problem)
+        return candidates
 
     def close(self) -> None:
         """Ends connections and removes the files."""
@@ -106,7 +107,7 @@ class VllmEngine:
         assert self._servers is not None
         try:
             if self._version < 0:
-                self._servers.check(self._vocab_size)
+                self._servers.check(self._vocab_size, self._tied)
             self._servers.sync(directory, version)
         except RolloutError as error:
             return str(error)
@@ -117,7 +118,7 @@ class VllmEngine:
         problem = ""
         if self._servers is not None and self._context.rank > 0:
             try:
-                self._servers.check(self._vocab_size)
+                self._servers.check(self._vocab_size, self._tied)
             except RolloutError as error:
                 problem = str(error)
         problem = self._context.broadcast_object(problem)

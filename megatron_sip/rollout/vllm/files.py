@@ -97,6 +97,6 @@ class WeightFiles:
 
 def _told(error: OSError, path: Path) -> str:
     return (
-        f"weights for the rollout servers cannot be written to {error.filename or path}: {error.strerror}; give a folder "
-        "with room for them as --rollout-weights-folder"
+        f"weights for the rollout servers cannot be written to {error.filename or path}: {error.strerror}; give a "
+        "folder with room for them as --rollout-weights-folder"
     )

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import aiohttp
 import numpy as np
 
-from megatron_sip.errors import RolloutError
+from megatron_sip.errors import CheckpointError, RolloutError
+from megatron_sip.huggingface.config_json import read_config
 from megatron_sip.rollout.vllm.config import VllmOptions
 from megatron_sip.teacher.http.client import ClientSettings, HttpClient
 from megatron_sip.teacher.http.failures import SERVER, TRANSPORT, Failure, failure_of_status
@@ -24,7 +25,9 @@ from megatron_sip.types import FloatArray, IntArray
 logger = logging.getLogger(__name__)
 
 GENERATE = "/inference/v1/generate"
-_START = "start it as tools/export_policy.py prints: with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
+_START = (
+    "start it as tools/export_policy.py --for-rollouts prints: VLLM_SERVER_DEV_MODE=1 vllm serve ... --enable-scale-out"
+)
 _CONNECT_S = 10.0
 _CONTROL_ATTEMPTS = 3
 _CACHE_ATTEMPTS = 20
@@ -85,13 +88,13 @@ class VllmServers:
 
         return self._run(ask_all())
 
-    def check(self, vocab_size: int) -> None:
-        """Finds what would make answers wrong or syncing impossible, on every server.
+    def check(self, vocab_size: int, tied: bool) -> None:
+        """Finds what would make answers wrong or syncing impossible, on every server. ``tied``: the output layer.
 
         Raises:
             RolloutError: names server, value and remedy.
         """
-        self.longest = min(self._run(self._on_all(lambda url, s: _check_server(url, s, vocab_size))))
+        self.longest = min(self._run(self._on_all(lambda url, s: _check_server(url, s, vocab_size, tied))))
 
     def sync(self, directory: Path, version: int, only_stale: bool = False) -> None:
         """Puts the weights of a directory into every server that can be reached.
@@ -162,7 +165,7 @@ class _Unreachable(Exception):
     """A server that does not answer, or with a failure of its own."""
 
 
-async def _check_server(url: str, session: aiohttp.ClientSession, vocab_size: int) -> int:
+async def _check_server(url: str, session: aiohttp.ClientSession, vocab_size: int, tied: bool) -> int:
     """Raises RolloutError; returns the longest sequence."""
     try:
         models = await _get(session, url, "/v1/models")
@@ -178,15 +181,35 @@ async def _check_server(url: str, session: aiohttp.ClientSession, vocab_size: in
         raise RolloutError(str(error)) from error
     if rows != [True, False]:
         raise RolloutError(
-            f"rollout server {url} has {'more' if all(rows) else 'fewer'} tokens than the tokenizer's {vocab_size}: let "
-            "it serve what tools/export_policy.py writes, which has these and no others"
+            f"rollout server {url} has {'more' if all(rows) else 'fewer'} tokens than the tokenizer's {vocab_size}: "
+            "let it serve what tools/export_policy.py writes, which has these and no others"
         )
     mode = info["model_config"]["logprobs_mode"]
     if mode != "raw_logprobs":
         raise RolloutError(f"rollout server {url} gives {mode}: start it with --logprobs-mode raw_logprobs")
-    if info["scheduler_config"].get("enable_chunked_prefill") and info["device_config"].get("device_type") == "cpu":
-        raise RolloutError(f"rollout server {url} would die of a seed: start it with --no-enable-chunked-prefill")
+    if info["device_config"].get("device_type") == "cpu":
+        _check_cpu_server(url, info, tied)
     return int(models["data"][0]["max_model_len"])
+
+
+def _check_cpu_server(url: str, info: Mapping[str, Any], tied: bool) -> None:
+    """What vLLM 0.32.0 does wrong on a CPU. Raises RolloutError."""
+    if info["scheduler_config"].get("enable_chunked_prefill"):
+        raise RolloutError(f"rollout server {url} would die of a seed: start it with --no-enable-chunked-prefill")
+    # It packs the output layer, and does not pack that of a tied model anew when the embedding is reloaded.
+    if tied and _serves_tied_model(Path(info["model_config"]["model"])):
+        raise RolloutError(
+            f"rollout server {url} would keep the old output layer, which is tied: let it serve what "
+            "tools/export_policy.py --untie writes"
+        )
+
+
+def _serves_tied_model(directory: Path) -> bool:
+    """Also where its directory is out of sight."""
+    try:
+        return bool(read_config(directory).get("tie_word_embeddings", True))
+    except CheckpointError:
+        return True
 
 
 async def _update(session: aiohttp.ClientSession, url: str, directory: Path, version: str) -> None:

@@ -6,6 +6,7 @@ Reads what a checkpoint is written from (``sharded_state_dict``), so that there 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_sip.distributed import ParallelContext
-from megatron_sip.huggingface.correspondence import EMBEDDING, Piece, pieces
+from megatron_sip.huggingface.correspondence import EMBEDDING, LM_HEAD, Piece, pieces
 from megatron_sip.huggingface.safetensors_files import Plan
 from megatron_sip.model.presets import Architecture
 
@@ -36,6 +37,7 @@ class StageWeights:
     ) -> None:
         self._chunks = chunks
         self._context = context
+        self._tied = not architecture.untie_embeddings_and_output_weights
         self._pieces: dict[tuple[str, int | None], list[Piece]] = {}
         for piece in pieces(architecture, vocab_size):
             self._pieces.setdefault((piece.key, piece.layer), []).append(piece)
@@ -47,17 +49,25 @@ class StageWeights:
     def plan(self) -> Plan:
         """Type and shape of each of the stage's tensors, in the order of iteration."""
         shards = list(self._shards())
-        return {name: (shard.data.dtype, shape) for shard, piece in shards for name, shape in piece.sources}
+        return {name: (shard.data.dtype, shape) for shard, piece in shards for name, shape in self._sources(piece)}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors, one at a time, on all tensor-parallel ranks, which iterate together."""
         for shard, piece in self._shards():
             whole = self._whole(shard, piece)
-            yield from zip((name for name, _ in piece.sources), piece.split(whole), strict=True)
+            parts = piece.split(whole)
+            for index, (name, _) in enumerate(self._sources(piece)):
+                yield name, parts[min(index, len(parts) - 1)]
+
+    def _sources(self, piece: Piece) -> Sequence[tuple[str, tuple[int, ...]]]:
+        """A tied output layer is named too: servers of an untied copy need it, others skip it."""
+        if self._tied and piece.key == EMBEDDING:
+            return (*piece.sources, (LM_HEAD, piece.shape))
+        return piece.sources
 
     def _shards(self) -> Iterator[tuple[ShardedTensor, Piece]]:
         for chunk in self._chunks:
-            module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+            module: Any = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
             for value in nested_values(module.sharded_state_dict(metadata=dict(_FORMAT))):
                 parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
                 for part in parts:
