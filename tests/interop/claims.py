@@ -13,7 +13,9 @@ import yaml
 from megatron_sip.checkpoint import CheckpointConfig, CheckpointManager, identity_of
 from megatron_sip.distributed import ParallelConfig, ParallelContext, initialize
 from megatron_sip.evaluation.scoring import PolicyScorer
+from megatron_sip.huggingface.config_json import architecture_of, read_config
 from megatron_sip.model import ModelConfig, PolicyModel, build_model
+from megatron_sip.rollout.vllm.weights import StageWeights
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 
 ROWS = torch.tensor([[7, 200, 31, 4, 99, 256, 0, 5, 5, 61, 150, 3], [1, 2, 3, 4, 250, 6, 7, 8, 9, 10, 11, 12]])
@@ -56,6 +58,10 @@ def converted_models(payload: dict[str, Any]) -> dict[str, Any]:
             "log_probs": np.asarray(scores),
             "scored_alone": np.asarray(scorer.log_probs(ROWS, following, positions)),
         }
+        architecture = architecture_of(read_config(Path(root) / "huggingface"), Path(root))
+        streamed = StageWeights(chunks, context, architecture, size)
+        report[kind]["weights"] = {name: tensor.clone().numpy() for name, tensor in streamed}
+        report[kind]["planned"] = [(name, shape) for name, (_, shape) in streamed.plan().items()]
         if kind in payload["save"]:
             manager.save(30, state, {})
     return report

@@ -56,6 +56,21 @@ def assert_same(found: Path, expected: Path) -> None:
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
 
 
+def assert_streamed(model: Path, ranks: list[dict[str, Any]], num_tokens: int) -> None:
+    """What rollout servers are given: all tensors, whole on each tensor-parallel rank, of real tokens alone."""
+    expected = {
+        name: tensor[:num_tokens] if tensor.shape[0] == 283 else tensor for name, tensor in tensors(model).items()
+    }
+    expected.setdefault("lm_head.weight", expected["model.embed_tokens.weight"])
+    found: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        assert [(name, value.shape) for name, value in rank["weights"].items()] == rank["planned"]
+        for name, value in rank["weights"].items():
+            assert torch.equal(torch.from_numpy(value), expected[name]), name
+            found[name] = expected[name]
+    assert found.keys() == expected.keys()
+
+
 @pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), LAYOUTS)
 def test_converted_models_give_the_logits_of_transformers_at_every_layout(
     models: tuple[Path, dict[str, torch.Tensor]], tensor_parallel: int, pipeline_parallel: int
@@ -83,6 +98,7 @@ def test_converted_models_give_the_logits_of_transformers_at_every_layout(
             for name in ("log_probs", "scored_alone"):
                 torch.testing.assert_close(torch.from_numpy(report[kind][name]), scores, rtol=1e-4, atol=1e-4)
             assert torch.equal(torch.from_numpy(report[kind]["best"]), theirs.argmax(-1))
+        assert_streamed(root / kind, [report[kind] for report in reports], num_tokens=theirs.shape[-1])
     if (tensor_parallel, pipeline_parallel) == (2, 2):
         for kind in KINDS:  # written by four ranks, with the vocabulary padded for them
             to_hugging_face(

@@ -1,0 +1,81 @@
+"""tools/export_policy.py: one command from a checkpoint to a directory that transformers loads and a line for vLLM."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sip.checkpoint.huggingface import to_megatron
+from tests.interop.claims import ROWS
+from tests.interop.models import save_model
+from tools.export_policy import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A converted model with a tied output layer and padded vocabulary, and its logits for real tokens."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("export")
+    model = save_model(root / "model", "llama31")
+    to_megatron(root / "model", root / "megatron")
+    with torch.no_grad():
+        logits = model(ROWS).logits[..., : len(transformers.AutoTokenizer.from_pretrained(root / "model"))]
+    return root / "megatron", logits
+
+
+def test_what_it_writes_gives_the_same_logits_and_what_it_prints_serves_it(
+    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    root, expected = checkpoint
+    assert main([str(root), str(tmp_path / "policy"), "--port", "9001", "--tensor-parallel-size", "2"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["vllm", "serve", str(tmp_path / "policy")]
+    flags = dict(zip(words[3::2], words[4::2], strict=True))
+    assert flags == {
+        "--served-model-name": "policy", "--host": "127.0.0.1", "--port": "9001", "--dtype": "float32",
+        "--max-model-len": "64", "--tensor-parallel-size": "2",
+    }  # fmt: skip
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_for_rollouts_it_opens_what_weights_come_through_and_may_untie_the_output(
+    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    root, expected = checkpoint
+    assert main([str(root), str(tmp_path / "policy"), "--for-rollouts", "--untie", "--max-shard-gib", "1e-5"]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("VLLM_SERVER_DEV_MODE=1 vllm serve ")
+    assert line.endswith(" --enable-scale-out --logprobs-mode raw_logprobs")
+    config = json.loads((tmp_path / "policy/config.json").read_text())
+    assert (config["tie_word_embeddings"], config["vocab_size"]) == (False, expected.shape[-1])
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
+    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = checkpoint
+    for arguments, message in (
+        ([str(tmp_path / "nothing")], "holds no checkpoint"),
+        ([str(root), "--vocab-rows", "500"], "--vocab-rows 500: the checkpoint has"),
+        ([str(root), "--step", "7"], "7"),
+    ):
+        assert main([arguments[0], str(tmp_path / "policy"), *arguments[1:]]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+        assert list(tmp_path.iterdir()) == []

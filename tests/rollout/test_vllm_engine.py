@@ -1,0 +1,307 @@
+"""The vLLM engine beside a server that is played: what it is asked, in which order, and what its failures become.
+
+Whether vLLM itself understands it so is seen by tests/vllm.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sip.errors import ConfigurationError
+from megatron_sip.rollout import RolloutConfig
+from megatron_sip.rollout.vllm.servers import read_answer
+from megatron_sip.teacher.http.failures import Failure
+from tests.ranks import RankFailure, run_ranks
+from tests.rollout import vllm_claims
+from tests.rollout.vllm_claims import EOD, PREFIX, VOCAB
+
+
+class PlayedServer:
+    """Answers as vLLM does; ``script`` changes what comes next for a path: a status, or a function of the body."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.version = "default"
+        self.script: dict[str, list[Any]] = {}
+        self.longest = 64
+        self.info = {
+            "model_config": {"logprobs_mode": "raw_logprobs", "model": "/nowhere"},
+            "scheduler_config": {"enable_chunked_prefill": False},
+            "device_config": {"device_type": "cuda"},
+        }
+        self.vocab = VOCAB
+        self.weights: dict[str, torch.Tensor] = {}
+        played = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(None)
+
+            def do_POST(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                self._answer(json.loads(self.rfile.read(length)) if length else None)
+
+            def _answer(self, body: Any) -> None:
+                status, reply = played.reply(self.path, body)
+                content = json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def asked(self, name: str) -> list[Any]:
+        return [body for path, body in self.calls if path == name]
+
+    def reply(self, path: str, body: Any) -> tuple[int, Any]:
+        self.calls.append((path, body))
+        waiting = self.script.get(path.partition("?")[0], [])
+        if waiting:
+            planned = waiting.pop(0)
+            if isinstance(planned, int):
+                return planned, {"error": {"message": "EngineCore encountered an issue.", "code": planned}}
+            return 200, planned(body)
+        match path.partition("?")[0]:
+            case "/v1/models":
+                return 200, {"data": [{"max_model_len": self.longest}]}
+            case "/server_info":
+                return 200, {"vllm_config": self.info}
+            case "/weight_info":
+                return 200, {"weight_version": self.version}
+            case "/update_weight_version":
+                self.version = body["new_version"]
+                return 200, {"success": True}
+            case "/collective_rpc":
+                files = Path(body["kwargs"]["weights_path"]).glob("*.safetensors")
+                self.weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+                return 200, {"results": [None]}
+            case "/reset_prefix_cache":
+                return 200, {"success": True}
+            case "/pause" | "/resume":
+                return 200, {"status": "done"}
+            case "/inference/v1/generate":
+                return self._generate(body)
+        return 404, {"detail": "Not Found"}
+
+    def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if max(body["token_ids"]) >= self.vocab:
+            return 400, {"error": {"message": "Token id is out of vocabulary", "code": 400}}
+        wanted = body["sampling_params"]
+        choices = [choice(i, wanted["max_tokens"], self.version) for i in range(wanted.get("n", 1))]
+        return 200, {"choices": choices[::-1]}
+
+
+def choice(index: int, length: int, version: str, **changes: Any) -> dict[str, Any]:
+    """``length`` times the token 10 + index, at -1 nat each."""
+    scored = [{"token_id": 10 + index, "logprob": -1.0} for _ in range(length)]
+    return {
+        "index": index,
+        "finish_reason": "length",
+        "token_ids": [10 + index] * length,
+        "weight_versions": [{"version": version, "start": 0, "end": length}],
+        "logprobs": {"content": scored},
+        **changes,
+    }
+
+
+@pytest.fixture
+def server() -> Iterator[PlayedServer]:
+    played = PlayedServer()
+    yield played
+    played.close()
+
+
+def play(server: PlayedServer, folder: Path, acts: list[Any], world_size: int = 1, **options: Any) -> list[Any]:
+    """Reports of the ranks; ``acts`` are versions to sync and the word "generate"."""
+    payload = {"urls": [server.url], "folder": str(folder), "acts": acts, "options": options, "sizes": {}}
+    if world_size == 4:
+        payload["sizes"] = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    return run_ranks(world_size, "tests.rollout.vllm_claims:play", payload)
+
+
+def test_weights_are_handed_over_paused_then_tagged_then_the_prefix_cache_is_emptied(
+    server: PlayedServer, tmp_path: Path
+) -> None:
+    reports = play(server, tmp_path, [4, "generate", 5, "generate"], world_size=4)
+    control = [path for path, _ in server.calls if path not in ("/inference/v1/generate", "/v1/models")]
+    once = ["/pause?mode=wait", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/resume"]
+    assert control == ["/server_info?config_format=json", *once, *once]
+    first, second = server.asked("/collective_rpc")
+    assert first["method"] == "reload_weights" and first["kwargs"]["weights_path"].endswith("/version-4")
+    assert second["kwargs"]["weights_path"].endswith("/version-5")
+    assert [body["new_version"] for body in server.asked("/update_weight_version")] == ["4", "5"]
+    # Four ranks wrote two files; what the server read is the model without the padding of its vocabulary.
+    assert server.weights["model.embed_tokens.weight"].shape == (VOCAB, 32)
+    assert {name.split(".")[2] for name in server.weights if ".layers." in name} == {"0", "1"}
+    for report in reports:
+        assert report["rollouts"] == reports[0]["rollouts"]
+        assert [one["version"] for one in report["rollouts"][1]] == [5, 5, 5]
+    assert reports[0]["files"] == ["config.json", "model-00001-of-00002.safetensors",
+                                   "model-00002-of-00002.safetensors", "model.safetensors.index.json"]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []  # removed at the end
+
+
+def test_a_request_names_tokens_limits_and_a_seed_of_its_own(server: PlayedServer, tmp_path: Path) -> None:
+    [report] = play(server, tmp_path, [0, "generate", "generate", "next step", "greedy", "warm"])
+    bodies = server.asked("/inference/v1/generate")[2:]  # two probes of the vocabulary
+    first, again, later, greedy, warm = (body["sampling_params"] for body in bodies)
+    assert bodies[0]["token_ids"] == PREFIX
+    assert (first["n"], first["max_tokens"], first["logprobs"]) == (3, 6, 0)
+    assert (first["temperature"], first["top_p"], first["top_k"], first["min_p"]) == (1.0, 1.0, 0, 0.0)
+    assert first["stop_token_ids"] == [EOD] and first["ignore_eos"] is True and first["detokenize"] is False
+    assert first["seed"] == again["seed"] != later["seed"]
+    assert greedy["n"] == 1 and greedy["temperature"] == 0.0 and "seed" not in greedy
+    assert (warm["temperature"], warm["top_p"], warm["top_k"]) == (0.7, 0.9, 20)
+    sampled, _, _, copies, _ = report["rollouts"]
+    assert [one["tokens"] for one in sampled] == [[10] * 6, [11] * 6, [12] * 6]  # in the order of their index
+    assert [one["rollout"] for one in sampled] == [0, 1, 2]
+    assert sampled[0]["log_probs"] == [-1.0] * 6
+    assert [one["tokens"] for one in copies] == [[10] * 6] * 3
+
+
+def test_every_m_steps_the_version_stays_that_of_the_servers(server: PlayedServer, tmp_path: Path) -> None:
+    acts = [0, "generate", 1, "generate", 2, "generate", 3, "generate"]
+    [report] = play(server, tmp_path, acts, rollout_sync_interval=3)
+    assert [group[0]["version"] for group in report["rollouts"]] == [0, 0, 0, 3]
+
+
+def test_a_restarted_server_gets_the_weights_again_and_is_asked_again(server: PlayedServer, tmp_path: Path) -> None:
+    def restarted(body: Any) -> Any:
+        server.version = "default"
+        return {"choices": [choice(i, 6, "default") for i in range(3)]}
+
+    # The first two questions are probes of the vocabulary.
+    ordinary = [lambda body: server._generate(body)[1], 400]
+    server.script["/inference/v1/generate"] = [*ordinary, restarted]
+    [report] = play(server, tmp_path, [7, "generate"])
+    assert [one["version"] for one in report["rollouts"][0]] == [7, 7, 7]
+    assert len(server.asked("/collective_rpc")) == 2
+
+
+def test_weights_that_change_within_a_rollout_are_not_taken_for_one_version(
+    server: PlayedServer, tmp_path: Path
+) -> None:
+    def mixed(body: Any) -> Any:
+        spans = [{"version": "7", "start": 0, "end": 2}, {"version": "8", "start": 2, "end": 6}]
+        return {"choices": [choice(i, 6, "7", weight_versions=spans) for i in range(3)]}
+
+    server.script["/inference/v1/generate"] = [lambda body: server._generate(body)[1], 400, mixed, mixed]
+    with pytest.raises(RankFailure, match=r"answers with weights 7, 8 in place of version 7.*another run"):
+        play(server, tmp_path, [7, "generate"])
+
+
+def test_transient_failures_are_retried(server: PlayedServer, tmp_path: Path) -> None:
+    aborted = {"choices": [choice(0, 2, "0", finish_reason="abort")]}
+    server.script["/inference/v1/generate"] = [
+        lambda body: server._generate(body)[1], 400, 500, 503, lambda body: aborted
+    ]  # fmt: skip
+    [report] = play(server, tmp_path, [0, "generate"])
+    assert len(report["rollouts"][0]) == 3
+    assert len(server.asked("/inference/v1/generate")) == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "answers", "message"),
+    [
+        ("/inference/v1/generate", [500, 500], "no answer after all attempts: server: HTTP 500 EngineCore encountered"),
+        ("/inference/v1/generate", [lambda b: {"choices": [choice(0, 3, "0")] * 3}], "after 3 of 6 tokens"),
+        ("/inference/v1/generate", [lambda b: {"choices": [choice(0, 6, "0")] * 2}], "2 continuations for 3"),
+        ("/inference/v1/generate", [lambda b: {"choices": [choice(60, 6, "0")] * 3}], "sampled token 70 of 61"),
+        ("/collective_rpc", [500], "no rollout server could take version 0 .*/collective_rpc: server: HTTP 500"),
+        ("/reset_prefix_cache", [lambda b: {"success": False}] * 20, "does not let go of its prefix cache"),
+        ("/server_info", [404], "has no /server_info: start it as .* VLLM_SERVER_DEV_MODE=1"),
+    ],
+)
+def test_failures_are_one_clear_line_on_every_rank(
+    server: PlayedServer, tmp_path: Path, path: str, answers: list[Any], message: str
+) -> None:
+    probes: list[Any] = [lambda body: server._generate(body)[1], 400] if path == "/inference/v1/generate" else []
+    server.script[path] = [*probes, *answers]
+    with pytest.raises(RankFailure, match=message) as raised:
+        play(server, tmp_path, [0, "generate"], rollout_max_attempts=2)
+    assert "RolloutError" in str(raised.value)
+
+
+def test_servers_that_do_not_fit_are_refused_before_the_first_rollout(server: PlayedServer, tmp_path: Path) -> None:
+    server.vocab = VOCAB + 3
+    [report] = play(server, tmp_path, ["refused"])
+    assert "has more tokens than the tokenizer's 61" in report["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config": {"logprobs_mode": "processed_logprobs"}}, "start it with --logprobs-mode raw_logprobs"),
+        (
+            {"device_config": {"device_type": "cpu"}, "scheduler_config": {"enable_chunked_prefill": True}},
+            "--no-enable-chunked-prefill",
+        ),
+    ],
+)
+def test_a_server_with_other_settings_is_refused(
+    server: PlayedServer, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    server.info |= changes
+    [report] = play(server, tmp_path, ["refused"])
+    assert message in report["problems"][0]
+
+
+def test_a_server_that_is_not_there_a_full_disk_and_a_long_prefix(server: PlayedServer, tmp_path: Path) -> None:
+    server.longest = len(PREFIX) + 5
+    with pytest.raises(RankFailure, match="more than the 8 of a rollout server: start it with --max-model-len 9"):
+        play(server, tmp_path, [0, "generate"])
+    (tmp_path / "file").touch()
+    [report] = play(server, tmp_path / "file", ["refused"])
+    assert "cannot be written to" in report["problems"][0] and "--rollout-weights-folder" in report["problems"][0]
+    gone = PlayedServer()
+    gone.close()
+    [report] = play(gone, tmp_path, ["refused"])
+    assert f"rollout server {gone.url}: transport:" in report["problems"][0]
+
+
+def test_bodies_that_are_no_answer_are_failures() -> None:
+    for body in (b"", b"[]", b'{"choices": []}', b'{"choices": [{"index": 0, "finish_reason": "stop"}]}'):
+        assert isinstance(read_answer(body), Failure)
+
+
+def test_options_that_cannot_work_are_refused() -> None:
+    good = RolloutConfig(rollout_engine="vllm", rollout_endpoints=("http://host:8000",))
+    good.validate()
+    for changes, message in (
+        ({"rollout_endpoints": ()}, "--rollout-endpoints is missing"),
+        ({"rollout_endpoints": ("host:8000",)}, "give URLs like"),
+        ({"rollout_endpoints": ("http://host:8000/v1",)}, "without /v1"),
+        ({"rollout_sync_interval": 0}, "--rollout-sync-interval is 0"),
+        ({"rollout_give_up_s": 0.0}, "--rollout-give-up-s is 0.0"),
+        ({"rollout_importance_cap": -1.0}, "--rollout-importance-cap is -1.0"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            replace(good, **changes).validate()
+
+
+def test_seeds_of_rollouts_do_not_collide() -> None:
+    seeds = np.array([vllm_claims.seed_of(sample, step) for sample in range(40) for step in range(5)])
+    gaps = np.diff(np.sort(seeds))
+    assert gaps.min() > 16  # vLLM numbers the n of a request from its seed
