@@ -16,7 +16,7 @@ from megatron_sip.rollout.vllm.engine import VllmEngine
 from megatron_sip.types import Candidate
 from tests.interop.claims import load_recipe
 
-PREFIX_LENGTHS = (5, 1, 40, 17)  # one fills more than a block of the prefix cache
+PREFIX_LENGTHS = (5, 1, 140, 17)  # one fills more than a block of the prefix cache
 NEW_TOKENS = 12
 
 

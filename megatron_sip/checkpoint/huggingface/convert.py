@@ -18,6 +18,7 @@ import yaml
 
 from megatron_sip.checkpoint import layout
 from megatron_sip.checkpoint.huggingface.megatron_side import Source, open_checkpoint
+from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
 from megatron_sip.checkpoint.huggingface.shards import ShardReader, ShardWriter
 from megatron_sip.checkpoint.identity import identity_of
 from megatron_sip.checkpoint.writing import COMMON_STATE
@@ -29,8 +30,6 @@ from megatron_sip.huggingface.config_json import (
     read_config,
     recipe_of,
 )
-from megatron_sip.checkpoint.huggingface.megatron_side import Source, open_checkpoint
-from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
 from megatron_sip.huggingface.correspondence import EMBEDDING, LM_HEAD, Piece, pieces, whole_shapes
 from megatron_sip.huggingface.safetensors_files import (
     ShardedWriter,

@@ -1,0 +1,107 @@
+"""Rollouts and weights through a real vLLM server on CPU, beside those of the training ranks.
+
+Not covered: vLLM on GPUs, its own tensor parallelism, several servers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sip.checkpoint.huggingface import to_megatron
+from tests.interop.models import save_model
+from tests.ranks import RankFailure, run_ranks
+from tests.vllm.rollout_claims import NEW_TOKENS
+from tests.vllm.server import VllmServer, vllm_server
+from tools.export_policy import main as export
+
+EOD = 2
+SIZES = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256}
+"""vLLM on CPU has no heads narrower than 32."""
+
+
+@pytest.fixture(scope="module", params=["llama31", "qwen3"])
+def served(request: pytest.FixtureRequest, vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(converted model, server of what tools/export_policy.py wrote of it), with a tied output layer and without."""
+    root = tmp_path_factory.mktemp("rollouts")
+    save_model(root / "model", request.param, **SIZES)
+    to_megatron(root / "model", root / "megatron")
+    assert export([str(root / "megatron"), str(root / "policy"), "--for-rollouts", "--untie"]) == 0
+    flags = ("--enable-scale-out", "--max-model-len", "256")
+    with vllm_server(vllm_python, root / "policy", root / "server.log", *flags) as server:
+        yield root / "megatron", server
+
+
+def roll_out(served: tuple[Path, VllmServer], folder: Path, tp: int, pp: int, **changes: Any) -> list[dict[str, Any]]:
+    root, server = served
+    payload = {
+        "sizes": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+        "root": str(root), "url": server.root, "folder": str(folder), "interval": 1, "versions": [5, 6], "eod": EOD,
+        **changes,
+    }  # fmt: skip
+    return run_ranks(tp * pp, "tests.vllm.rollout_claims:roll_out", payload, timeout_s=200)
+
+
+@pytest.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["one rank", "tp 2, pp 2"])
+def ranks(
+    request: pytest.FixtureRequest, served: tuple[Path, VllmServer], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    return roll_out(served, tmp_path_factory.mktemp("weights"), *request.param)
+
+
+def test_greedy_tokens_equal_ours_before_and_after_a_change_of_the_weights(ranks: list[dict[str, Any]]) -> None:
+    report = ranks[0]
+    for version in (5, 6):
+        for theirs, ours in zip(report[f"greedy {version}"], report[f"ours {version}"], strict=True):
+            for their, our in zip(theirs, ours, strict=True):
+                assert their[0] == our[0] and their[2:] == our[2:]
+                np.testing.assert_allclose(their[1], our[1], atol=5e-5)
+    before, after = ([group[0][0] for group in report[f"greedy {version}"]] for version in (5, 6))
+    assert all(first != second for first, second in zip(before, after, strict=True)), "the weights must differ"
+
+
+def test_a_rollout_follows_its_seed_and_not_its_batch(ranks: list[dict[str, Any]]) -> None:
+    report = ranks[0]
+    assert [[one[0] for one in group] for group in report["sampled 5"]] == [
+        [one[0] for one in group] for group in report["again 5"][::-1]
+    ]
+    for group in report["sampled 5"]:
+        assert len({tuple(one[0]) for one in group}) == 3
+    for now, later in zip(report["sampled 5"], report["next step 5"], strict=True):
+        assert [one[0] for one in now] != [one[0] for one in later]
+
+
+def test_rollouts_end_with_eod_or_at_their_limit_and_carry_number_and_version(ranks: list[dict[str, Any]]) -> None:
+    for version in (5, 6):
+        for name in ("sampled", "warm", "next step", "greedy"):
+            for group in ranks[0][f"{name} {version}"]:
+                for number, (tokens, log_probs, rollout, tagged) in enumerate(group):
+                    assert EOD not in tokens[:-1] and (len(tokens) == NEW_TOKENS or tokens[-1] == EOD)
+                    assert len(log_probs) == len(tokens) and (rollout, tagged) == (number, version)
+        assert ranks[0][f"nothing {version}"] == [[]]
+
+
+def test_all_ranks_hear_the_same(ranks: list[dict[str, Any]]) -> None:
+    for other in ranks[1:]:
+        assert {name: value for name, value in other.items() if name != "files"} == {
+            name: value for name, value in ranks[0].items() if name != "files"
+        }
+
+
+def test_every_second_step_the_old_weights_answer_and_say_so(served: tuple[Path, VllmServer], tmp_path: Path) -> None:
+    [report] = roll_out(served, tmp_path, 1, 1, interval=2, versions=[0, 1, 2])
+    versions = [report[f"greedy {step}"][0][0][3] for step in range(3)]
+    assert versions == [0, 0, 2]
+    tokens = [[group[0][0] for group in report[f"greedy {step}"]] for step in range(3)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert tokens[1] != [group[0][0] for group in report["ours 1"]]
+
+
+def test_a_server_without_token_ids_in_and_out_is_refused(
+    served: tuple[Path, VllmServer], vllm: VllmServer, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailure, match=r"has no /inference/v1/generate: start it as tools/export_policy.py"):
+        roll_out((served[0], vllm), tmp_path, 1, 1)
