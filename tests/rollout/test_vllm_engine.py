@@ -163,6 +163,13 @@ def test_weights_are_handed_over_paused_then_tagged_then_the_prefix_cache_is_emp
     assert list(tmp_path.iterdir()) == []  # removed at the end
 
 
+def test_replicas_ask_for_themselves_and_the_first_hands_over(server: PlayedServer, tmp_path: Path) -> None:
+    reports = play(server, tmp_path, [4, "generate"], world_size=2)
+    assert [group[0]["version"] for report in reports for group in report["rollouts"]] == [4, 4]
+    assert len(server.asked("/collective_rpc")) == 1
+    assert len(server.asked("/inference/v1/generate")) == 2 * 3  # two probes of the vocabulary each
+
+
 def test_a_request_names_tokens_limits_and_a_seed_of_its_own(server: PlayedServer, tmp_path: Path) -> None:
     [report] = play(server, tmp_path, [0, "generate", "generate", "next step", "greedy", "warm"])
     bodies = server.asked("/inference/v1/generate")[2:]  # two probes of the vocabulary
