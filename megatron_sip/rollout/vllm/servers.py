@@ -84,7 +84,7 @@ class VllmServers:
         """An answer to each, in order."""
 
         async def ask_all() -> list[Answer | Failure]:
-            return list(await asyncio.gather(*map(self._client.complete, bodies)))
+            return list(await asyncio.gather(*(self._client.complete(lambda body=body: body) for body in bodies)))
 
         return self._run(ask_all())
 
