@@ -145,21 +145,9 @@ def to_hugging_face(
     checkpoint.check(whole_shapes(wanted))
     reader = ShardReader(checkpoint.directory)
     kinds = {piece.key: DTYPES[dtype] or reader.dtype(checkpoint.prefix + piece.key) for piece in wanted}
+    copied = wanted[0] if untie and not architecture.untie_embeddings_and_output_weights else None
     with _complete_or_nothing(output) as partial:
-        plan = {name: (kinds[piece.key], shape) for piece in wanted for name, shape in piece.sources}
-        copied = wanted[0] if untie and not architecture.untie_embeddings_and_output_weights else None
-        if copied is not None:
-            plan[LM_HEAD] = (kinds[copied.key], copied.shape)
-        with ShardedWriter(partial, plan, max_shard_bytes) as writer:
-            for piece in wanted:
-                tensor = reader.read(checkpoint.prefix + piece.key, piece.offsets, piece.sizes)
-                parts = piece.split(tensor.reshape(piece.shape))
-                for (name, _), part in zip(piece.sources, parts, strict=True):
-                    writer.add(name, part.to(kinds[piece.key]))
-            if copied is not None:
-                tensor = reader.read(checkpoint.prefix + copied.key, copied.offsets, copied.sizes)
-                writer.add(LM_HEAD, tensor.to(kinds[copied.key]))
-            writer.finish()
+        _write_model(partial, reader, checkpoint.prefix, wanted, copied, kinds, max_shard_bytes)
         values = config_of(architecture, rows, kinds[EMBEDDING], model, vocabulary.eod)
         if copied is not None:
             values["tie_word_embeddings"] = False
@@ -170,6 +158,30 @@ def to_hugging_face(
             check(partial)
     with_tokenizer = like is not None and has_tokenizer(like)
     return Converted(output, architecture, checkpoint.vocab_size, rows, kinds[EMBEDDING], with_tokenizer)
+
+
+def _write_model(
+    directory: Path,
+    reader: ShardReader,
+    prefix: str,
+    wanted: list[Piece],
+    copied: Piece | None,
+    kinds: Mapping[str, torch.dtype],
+    max_shard_bytes: int,
+) -> None:
+    """The safetensors of a model; ``copied`` is the embedding of one whose output layer is to be untied."""
+    plan = {name: (kinds[piece.key], shape) for piece in wanted for name, shape in piece.sources}
+    if copied is not None:
+        plan[LM_HEAD] = (kinds[copied.key], copied.shape)
+    with ShardedWriter(directory, plan, max_shard_bytes) as writer:
+        for piece in wanted:
+            tensor = reader.read(prefix + piece.key, piece.offsets, piece.sizes)
+            for (name, _), part in zip(piece.sources, piece.split(tensor.reshape(piece.shape)), strict=True):
+                writer.add(name, part.to(kinds[piece.key]))
+        if copied is not None:
+            tensor = reader.read(prefix + copied.key, copied.offsets, copied.sizes)
+            writer.add(LM_HEAD, tensor.to(kinds[copied.key]))
+        writer.finish()
 
 
 def recipe(converted: Converted) -> str:
