@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +85,7 @@ class VllmServers:
         """An answer to each, in order."""
 
         async def ask_all() -> list[Answer | Failure]:
-            return list(await asyncio.gather(*(self._client.complete(lambda body=body: body) for body in bodies)))
+            return list(await asyncio.gather(*(self._client.complete(partial(dict, body)) for body in bodies)))
 
         return self._run(ask_all())
 
