@@ -35,6 +35,11 @@ class AgainstSampling:
     def needs_reference(self) -> bool:
         return self.inner.needs_reference
 
+    @property
+    def is_linear(self) -> bool:
+        """The correction's weights come from the log-probs."""
+        return self.inner.is_linear and not self.cap
+
     def units(self, batch: RowBatch) -> float:
         """Those of the objective inside."""
         return self.inner.units(batch)

@@ -55,6 +55,7 @@ def test_a_rollout_is_weighted_by_its_ratio_up_to_the_cap_and_a_suffix_by_one(ca
     assert log_probs.grad is not None
     assert log_probs.grad[0].tolist() == pytest.approx([-weight] * 3)  # the weight itself is not learned
     assert objective.units(batch()) == 5.0
+    assert AgainstSampling(SuffixNLL()).is_linear and not objective.is_linear
 
 
 def test_padding_and_fillers_may_hold_anything() -> None:
