@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--warmup-steps", type=int, default=300)
-    parser.add_argument("--rollout-steps", type=int, default=60)
+    parser.add_argument("--rollout-steps", type=int, default=100)
     parser.add_argument("--curriculum", default="ntp=0.25,rollout=0.75", help="mixture of the SIP arm's steps")
     parser.add_argument("--num-prefixes", type=int, default=600)
     parser.add_argument("--jobs", type=int, default=3, help="seeds at a time, one core each")
