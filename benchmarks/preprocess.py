@@ -1,183 +1,226 @@
 #!/usr/bin/env python
-"""tools/preprocess_data.py beside Megatron-LM's approach, its own tool and datatrove: same text, tokenizer and workers.
+"""tools/preprocess_data.py beside Megatron-LM's approach, Megatron-LM's own code and datatrove, in CPU time per MB.
 
-Contenders are programs of their own, timed in turn on two inputs, the second ``--copies`` times the first: the
-difference is their speed without the start of Python and of workers. ``bare`` is the tokenizer's own call and nothing
-else, in as many processes. Rounds are appended to ``--results`` (JSON lines), so that many short runs make one table:
-``--summary`` prints medians. ``--work N`` measures everything but the tokenizer's own call: CPU time of one process
-that does all of a contender's work, its pickles too, with a tokenizer that knows the answers; N repeats after a first.
+One process does all of a contender's work, that of its workers and of its writer, with the pickles that go between
+them: CPU time, which a busy machine does not distort as it does wall time, and whose inverse is MB/s per core.
+Contenders take turns, in --repeats rounds after one that is not counted; those that write Megatron's files must write
+the same bytes. ``--replay`` gives both a tokenizer that knows the ids beforehand: everything but the tokenizer's own
+call. The approach: per line ``json.loads``, a list of ids back from the worker, one builder that takes them one by one.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
-import resource
-import shutil
+import pickle
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-CONTENDERS = ROOT / "benchmarks" / "preprocess_contenders.py"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sip.data.encode import EncodedBatch, LineEncoder
+from megatron_sip.data.indexed import CorpusMeta, IndexedWriter
+from megatron_sip.data.jsonl import read_lines
+from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from megatron_sip.tokenizer.base import TokenArray
+
+_LINES_PER_TASK = 32
+"""Of Megatron-LM's pool."""
+Encode = Callable[[str], tuple[dict[str, list[int]], dict[str, list[int]], int]]
 
 
-def megatron_flags(tokenizer: dict[str, object]) -> list[str]:
-    """A tokenizer as the flags of both preprocess_data.py."""
-    flags = []
-    for name, value in tokenizer.items():
-        if name != "tokenizer_engine":
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags
+class Replay(Tokenizer):
+    """Knows the ids of every text beforehand: a tokenizer whose own call costs a look-up."""
+
+    def __init__(self, library: Tokenizer, texts: Sequence[str]) -> None:
+        self.vocab_size, self.eod_id, self.fingerprint = library.vocab_size, library.eod_id, library.fingerprint
+        tokens, lengths = library.encode_packed(texts)
+        self._rows = dict(zip(texts, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True))
+        self._lists = {text: row.tolist() for text, row in self._rows.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._lists[text].copy()
+
+    def encode_packed(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
+        rows = [self._rows[text] for text in texts]
+        return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+
+    def decode(self, tokens: Sequence[int] | TokenArray) -> str:
+        raise TypeError("ids are replayed, text is not")
 
 
-def commands(options: argparse.Namespace, folder: Path, copies: int) -> dict[str, list[str]]:
-    """Contender -> its command on the input of so many copies."""
-    tokenizer = json.loads(options.tokenizer)
-    one, output = str(folder / f"{copies}.jsonl"), str(folder / "out")
-    python, workers = sys.executable, ["--workers", str(options.workers)]
-    own = [python, str(CONTENDERS)]
-    tail = ["--tokenizer", options.tokenizer, *workers]
-    flags = [*megatron_flags(tokenizer), "--append-eod", *workers]
-    tool = [python, str(ROOT / "tools" / "preprocess_data.py")]
-    found = {
-        "bare": [*own, "bare", "--input", str(folder / "1.jsonl"), "--passes", str(copies), *tail],
-        "approach": [*own, "approach", "--input", one, "--output", output, *tail],
-        "ours, one corpus": [*tool, "--input", one, "--output-prefix", output, *flags],
-        "ours, shards": [*tool, "--input", str(folder / f"parts{copies}"), "--output-dir", f"{output}.shards", *flags],
+def texts_of(path: Path) -> list[str]:
+    """All texts of a jsonl file."""
+    with open(path, encoding="utf-8") as stream:
+        return [json.loads(line)["text"] for line in stream]
+
+
+def alone(texts: Sequence[str], tokenizer: Tokenizer, prefix: str) -> None:
+    """The tokenizer's own call on texts that are in memory, by its fastest way."""
+    for start in range(0, len(texts), 256):
+        tokenizer.encode_packed(texts[start : start + 256])
+
+
+def approach_encode(tokenizer: Tokenizer, line: str) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
+    """A line of the approach."""
+    ids = tokenizer.encode(json.loads(line)["text"])
+    if ids:
+        ids.append(tokenizer.eod_id)
+    return {"text": ids}, {"text": [len(ids)]}, len(line)
+
+
+def approach(path: Path, encode: Encode, vocab_size: int, prefix: str) -> None:
+    """What Megatron-LM's tools/preprocess_data.py does."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}_text_document.bin", dtype=DType.optimal_dtype(vocab_size))
+    with open(path, encoding="utf-8") as stream:
+        for lines in chunks(stream):
+            sent = pickle.loads(pickle.dumps(lines))
+            for ids, lengths, _ in pickle.loads(pickle.dumps([encode(line) for line in sent])):
+                builder.add_document(ids["text"], lengths["text"])
+    builder.finalize(f"{prefix}_text_document.idx")
+
+
+def chunks(stream: Iterator[str]) -> Iterator[list[str]]:
+    """Lines as a pool hands them out."""
+    chunk: list[str] = []
+    for line in stream:
+        chunk.append(line)
+        if len(chunk) == _LINES_PER_TASK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def ours(path: Path, tokenizer: Tokenizer, prefix: str) -> None:
+    """What tools/preprocess_data.py --output-prefix does."""
+    encoder = LineEncoder(tokenizer, ("text",), True)
+    with IndexedWriter(f"{prefix}_text_document", tokenizer.vocab_size) as writer:
+        for batch in read_lines(path):
+            sent = pickle.loads(pickle.dumps(batch))
+            back: EncodedBatch = pickle.loads(pickle.dumps(encoder(sent)))
+            writer.add_documents(back.columns[0].tokens, back.columns[0].lengths)
+        counts = writer.num_documents, writer.num_tokens
+        writer.close(CorpusMeta(tokenizer.fingerprint, "", tokenizer.vocab_size, tokenizer.eod_id, True, *counts))
+
+
+def megatron_encode(checkout: Path, config: TokenizerConfig, folder: str) -> Encode:
+    """The ``Encoder`` of a checkout's own tools/preprocess_data.py, with its own tokenizer classes."""
+    sys.path.insert(0, str(checkout))
+    specification = importlib.util.spec_from_file_location("theirs", checkout / "tools" / "preprocess_data.py")
+    assert specification is not None and specification.loader is not None
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    names = ("tokenizer_type", "tokenizer_model", "vocab_size", "tiktoken_num_special_tokens")
+    flags = [(f"--{name.replace('_', '-')}", getattr(config, name)) for name in names]
+    words = [str(word) for flag, value in flags if value is not None for word in (flag, value)]
+    sys.argv = ["theirs", "--input", "-", "--output-prefix", folder, "--workers", "1", "--append-eod", *words]
+    encoder = tool.Encoder(tool.get_args())
+    encoder.initializer()
+    encode: Encode = encoder.encode
+    return encode
+
+
+def datatrove(folder: Path, config: TokenizerConfig, prefix: str) -> None:
+    """Its JsonlReader and DocumentTokenizer in one task, without shuffling."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    definition = str(Path(config.tokenizer_model or "") / "tokenizer.json")
+    output = tempfile.mkdtemp(dir=Path(prefix).parent)
+    tokens = DocumentTokenizer(output, tokenizer_name_or_path=definition, eos_token="</s>", shuffle_documents=False)
+    LocalPipelineExecutor([JsonlReader(str(folder)), tokens], tasks=1, workers=1, logging_dir=f"{output}/log").run()
+
+
+def contenders(options: argparse.Namespace, folder: Path, path: Path) -> dict[str, Callable[[str], None]]:
+    """Name -> action that is given the prefix to write to."""
+    config = TokenizerConfig(**json.loads(options.tokenizer))
+    library, texts = build_tokenizer(config), texts_of(path)
+    if options.replay:
+        library = Replay(library, texts)
+    found: dict[str, Callable[[str], None]] = {
+        "tokenizer alone": partial(alone, texts, library),
+        "approach": partial(approach, path, partial(approach_encode, library), library.vocab_size),
+        "ours": partial(ours, path, library),
     }
     if options.fast:
-        engine = ["--tokenizer-engine", "gigatoken"]
-        fast = json.dumps({**tokenizer, "tokenizer_engine": "gigatoken"})
-        found["bare, gigatoken"] = [*found["bare"][:-4], "--tokenizer", fast, *workers]
-        found["ours, one corpus, gigatoken"] = [*found["ours, one corpus"], *engine]
-        found["ours, shards, gigatoken"] = [*found["ours, shards"], *engine]
-    if options.megatron_lm is not None:
-        theirs = [python, str(options.megatron_lm / "tools" / "preprocess_data.py"), "--input", one]
-        found["Megatron-LM"] = [*theirs, "--output-prefix", output, *flags]
+        fast = build_tokenizer(replace(config, tokenizer_engine="gigatoken"))
+        found["gigatoken alone"] = partial(alone, texts, fast)
+        found["ours, gigatoken"] = partial(ours, path, fast)
     if options.datatrove:
-        parts = str(folder / f"parts{copies}")
-        found["datatrove"] = [*own, "datatrove", "--input", parts, "--output", f"{output}.trove", *tail]
-    return {name: found[name] for name in found if not options.only or name in options.only}
-
-
-def run(name: str, command: list[str], megatron_lm: Path | None) -> tuple[float, float]:
-    """(wall, CPU) seconds of a command with all its children; of ``bare`` what it measured itself."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-    if name == "Megatron-LM":
-        environment["PYTHONPATH"] = str(megatron_lm)
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    wall_s, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        sys.exit(f"{name}: {done.stderr[-2000:]}")
-    if name.startswith("bare"):
-        found = json.loads(done.stdout)
-        return found["wall_s"], found["cpu_s"]
-    return wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def one_round(options: argparse.Namespace, folder: Path) -> None:
-    """Time every contender once on both inputs; check that all that write Megatron's files write the same."""
-    mb = (folder / "1.jsonl").stat().st_size / 1e6
-    outputs = {}
-    for name in commands(options, folder, 1):
-        seconds = []
-        for copies in (1, options.copies):
-            for path in folder.glob("out*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            seconds.append(run(name, commands(options, folder, copies)[name], options.megatron_lm))
-        if (folder / "out_text_document.bin").is_file():
-            files = [(folder / f"out_text_document{suffix}").read_bytes() for suffix in (".bin", ".idx")]
-            outputs[name] = b"".join(files)
-        if name.startswith("bare"):
-            wall_s, cpu_s = (value / options.copies for value in seconds[1])
-        else:
-            wall_s, cpu_s = ((second - first) / (options.copies - 1) for first, second in zip(*seconds, strict=True))
-        record = {"name": name, "wall_s_per_mb": wall_s / mb, "cpu_s_per_mb": cpu_s / mb, "start_s": seconds[0][0]}
-        with open(options.results, "a") as stream:
-            stream.write(json.dumps({"label": options.label, "workers": options.workers, **record}) + "\n")
-        print(
-            f"{name:32} {1 / record['wall_s_per_mb']:8.2f} MB/s {1000 * record['cpu_s_per_mb']:8.2f} CPU ms/MB",
-            flush=True,
-        )
-    if len(set(outputs.values())) > 1:
-        sys.exit(f"files differ: {', '.join(outputs)}")
-    print(f"equal .bin and .idx: {', '.join(outputs)}", flush=True)
-
-
-def summary(path: Path) -> None:
-    """Medians of all rounds, with the least and the most."""
-    rows: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        rows[record["label"], record["name"]].append(record)
-    print("| tokenizer | contender | rounds | MB/s (least to most) | CPU ms/MB |\n|---|---|---|---|---|")
-    for (label, name), found in rows.items():
-        speeds = [1 / record["wall_s_per_mb"] for record in found]
-        cpu = statistics.median(1000 * record["cpu_s_per_mb"] for record in found)
-        print(
-            f"| {label} | {name} | {len(found)} | {statistics.median(speeds):.1f} "
-            f"({min(speeds):.1f} to {max(speeds):.1f}) | {cpu:.1f} |"
-        )
-
-
-def work(options: argparse.Namespace) -> None:
-    """Everything but the tokenizer's own call."""
-    command = [sys.executable, str(CONTENDERS), "work", "--input", str(options.input), "--passes", str(options.work)]
-    done = subprocess.run([*command, "--tokenizer", options.tokenizer], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    rounds = [json.loads(line) for line in done.stdout.splitlines()][1:]
-    mb = options.input.stat().st_size / 1e6
-    for name in ("theirs", "ours"):
-        print(f"{name:8} {1000 * statistics.median(found[name] for found in rounds) / mb:8.2f} CPU ms/MB")
-    ratios = [found["theirs"] / found["ours"] for found in rounds]
-    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of {len(rounds)} pairs")
+        found["datatrove"] = partial(datatrove, path.parent, config)
+    if options.megatron_lm is not None:
+        encode = megatron_encode(options.megatron_lm, config, str(folder))
+        found["Megatron-LM"] = partial(approach, path, encode, library.vocab_size)
+    return found
 
 
 def main() -> None:
-    """Measure, or summarise."""
+    """Measure in turn, compare files, print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, help="a jsonl file with a text field")
-    parser.add_argument("--tokenizer", help='as JSON: {"tokenizer_type": ..., "tokenizer_model": ...}')
-    parser.add_argument("--label", default="", help="name of the tokenizer in the table")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--copies", type=int, default=4, help="of the input, an even number")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=[], help="these contenders")
+    parser.add_argument("--input", type=Path, required=True, help="a jsonl file with a text field")
+    parser.add_argument("--tokenizer", required=True, help='as JSON: {"tokenizer_type": ..., "tokenizer_model": ...}')
+    parser.add_argument("--megabytes", type=float, default=1000.0, help="of the input at most")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--replay", action="store_true", help="everything but the tokenizer's own call")
     parser.add_argument("--fast", action="store_true", help="with --tokenizer-engine gigatoken too")
-    parser.add_argument(
-        "--datatrove", action="store_true", help="installed in this environment; Hugging Face tokenizers"
-    )
+    parser.add_argument("--datatrove", action="store_true", help="if installed; Hugging Face tokenizers")
     parser.add_argument("--megatron-lm", type=Path, help="a checkout of Megatron-LM that runs in this environment")
-    parser.add_argument("--results", type=Path, default=Path("preprocess.jsonl"))
-    parser.add_argument("--summary", action="store_true", help="print medians of --results")
-    parser.add_argument("--work", type=int, metavar="N", help="everything but the tokenizer's own call, N pairs")
     options = parser.parse_args()
-    if options.summary:
-        return summary(options.results)
-    if options.work:
-        return work(options)
-    with tempfile.TemporaryDirectory(dir=options.results.resolve().parent) as name:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        content = options.input.read_bytes()
-        for copies in (1, options.copies):
-            (folder / f"{copies}.jsonl").write_bytes(content * copies)
-            (folder / f"parts{copies}").mkdir()
-        # Two files of half the text, or so many whole ones: shards of equal size.
-        middle = content.index(b"\n", len(content) // 2) + 1
-        for number, half in enumerate((content[:middle], content[middle:])):
-            (folder / "parts1" / f"{number}.jsonl").write_bytes(half)
-        for number in range(options.copies):
-            (folder / f"parts{options.copies}" / f"{number}.jsonl").write_bytes(content)
-        for _ in range(options.repeats):
-            one_round(options, folder)
+        (folder / "in").mkdir()
+        path = folder / "in" / "part.jsonl"
+        content = options.input.read_bytes()[: int(options.megabytes * 1e6)]
+        path.write_bytes(content[: content.rindex(b"\n") + 1])
+        actions = contenders(options, folder, path)
+        mb = path.stat().st_size / 1e6
+        seconds: dict[str, list[float]] = {contender: [] for contender in actions}
+        for number in range(options.repeats + 1):
+            written = set()
+            for contender, action in actions.items():
+                started = time.process_time()
+                action(str(folder / "out"))
+                if number:
+                    seconds[contender].append(time.process_time() - started)
+                files = sorted(folder.glob("out_text_document.[bi]*"))
+                if files:
+                    written.add(tuple(file.read_bytes() for file in files))
+                    for file in folder.glob("out_*"):
+                        file.unlink()
+            if len(written) != 1:
+                sys.exit("contenders write different .bin or .idx")
+        report(seconds, mb)
+
+
+def report(seconds: dict[str, list[float]], mb: float) -> None:
+    """Medians, and ratios to the approach within rounds."""
+    print(f"{mb:.1f} MB, {len(seconds['approach'])} rounds; .bin and .idx equal")
+    print("| | CPU ms/MB | MB/s per core | times the approach (least to most) |\n|---|---|---|---|")
+    for name, found in seconds.items():
+        ratios = [theirs / own for theirs, own in zip(seconds["approach"], found, strict=True)]
+        median = statistics.median(found)
+        print(
+            f"| {name} | {1000 * median / mb:.1f} | {mb / median:.1f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
 
 
 if __name__ == "__main__":
