@@ -23,6 +23,9 @@ from megatron_sip.teacher.overuse import History
 from megatron_sip.teacher.quality import QualityRecipe, ngram_identity, ngram_prompt_hash
 from megatron_sip.teacher.sources import REWRITER, Given, asked_of, rewrite_key, rewrite_of
 
+_REMEMBERED = 500_000
+"""Votes: some steps of the paper's size on one replica."""
+
 
 class Replay:
     """The verdicts of a recorded run, failures included. Nobody is asked; latencies are the recorded ones."""
@@ -33,6 +36,8 @@ class Replay:
         self._replica = replica
         self._failed: Counter[str] = Counter()
         """Per vote, how many of its recorded failures were met."""
+        self._answered: dict[int, None] = {}
+        """Votes that were answered lately, the oldest first."""
 
     async def ask(self, judge: Judge, questions: Sequence[Question], context: Context) -> list[Given]:
         identity, asked = judge.identity(), asked_of(judge, questions)
@@ -45,12 +50,24 @@ class Replay:
                 raise JudgeError(self._not_found(judge.criterion, identity, what))
             if key not in given:
                 given[key] = self.next_of(judge.criterion, key, recorded[key])
-        calls = set(given)
+        calls = {key for key in given if not self._answered_before((judge.criterion, identity, key), given[key])}
         answers = []
         for key in asked:
             answers.append(Given(given[key], cached=key not in calls))
             calls.discard(key)
         return answers
+
+    def _answered_before(self, vote: tuple[str, JudgeIdentity, Asked], verdict: Verdict) -> bool:
+        """Whether the recorded run took it from its ledger: what counts as a call decides when training pauses."""
+        if verdict.failure:
+            return False
+        name = hash(vote)
+        if name in self._answered:
+            return True
+        self._answered[name] = None
+        if len(self._answered) > _REMEMBERED:
+            del self._answered[next(iter(self._answered))]
+        return False
 
     async def rewrite(self, rewriter: Rewriter, items: Sequence[RewriteItem], step: int | None) -> Sequence[Rewrite]:
         """Rules are run again; what a model wrote was recorded."""

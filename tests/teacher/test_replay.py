@@ -55,6 +55,8 @@ def test_failures_come_back_in_their_order_and_the_answer_stays(recorded):
     assert all(np.isnan(r.groups[0].scores).all() for r in results[:2])
     assert all(r.groups[0].scores.tolist() == [0.0, 1.0] for r in results[2:])
     assert [r.groups[0].num_failures for r in results] == [1, 1, 0, 0, 0] and results[0].remote == {}
+    # As in the recorded run: three calls, then the ledger's answer.
+    assert [(r.groups[0].num_calls, r.num_cached) for r in results] == [(1, 0)] * 3 + [(0, 1)] * 2
 
 
 def test_a_resumed_replay_goes_on_with_the_failures_that_are_left(recorded):
