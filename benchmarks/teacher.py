@@ -198,7 +198,7 @@ class Bench:
                     checkpoint=saved["by-judge"],
                     baseline=saved[baseline],
                     output=output,
-                    judge=self.data / "judge.npz",
+                    judge_model=self.data / "judge.npz",
                     num_prefixes=600,
                     temperature=[1.0, 0.8],
                     train_iters=1,
