@@ -151,9 +151,13 @@ def _num_bytes(batch: LineBatch, rows: Sequence[_Row]) -> int:
 def enter_worker(parent: int) -> None:
     """Tie this worker to its parent, and to one core.
 
-    A worker left behind by a killed parent would write on beside a repeated run. Workers are counted to fit the cores:
-    a library that starts threads of its own would have them fight.
+    A time limit or Ctrl-C signals all processes of a run. A worker that ended by it in the middle of its answer would
+    leave its parent waiting for the rest: the parent alone ends the run. A worker left behind by a killed parent would
+    write on beside a repeated run. Workers are counted to fit the cores: a library that starts threads of its own would
+    have them fight.
     """
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -161,27 +162,34 @@ def test_options_that_cannot_work_are_named(tmp_path: Path) -> None:
         run(tmp_path, [line("1")], workers=0)
 
 
-def start_tool(folder: Path, limit_blocks: int | None = None) -> subprocess.Popen[str]:
+def start_tool(folder: Path, limit_blocks: int | None = None, workers: int = 1) -> subprocess.Popen[str]:
     """The tool in its own process on input that takes it some seconds."""
     words = " ".join(map(str, range(900)))
     (folder / "in.jsonl").write_bytes(line(words) * 10_000)
     flags = ["--input", folder / "in.jsonl", "--output-prefix", folder / "out"]
-    flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "999"]
+    flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "999", "--workers", workers]
     command = [sys.executable, str(TOOL), *map(str, flags)]
     if limit_blocks is not None:
         command = ["bash", "-c", f'ulimit -f {limit_blocks}; exec "$@"', "bash", *command]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_leaves_no_corpus_and_can_be_repeated(tmp_path: Path, how: signal.Signals) -> None:
-    tool = start_tool(tmp_path)
+@pytest.mark.parametrize(
+    ("how", "group"), [(signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)]
+)
+def test_a_killed_run_leaves_no_corpus_and_can_be_repeated(tmp_path: Path, how: signal.Signals, group: bool) -> None:
+    tool = start_tool(tmp_path, workers=2 if group else 1)
     partial = tmp_path / "out_text_document.bin.partial"
     deadline = time.monotonic() + 60
     while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
-    tool.send_signal(how)
-    tool.communicate()
+    if group:  # as a time limit or Ctrl-C does, workers included
+        os.killpg(tool.pid, how)
+    else:
+        tool.send_signal(how)
+    tool.communicate(timeout=60)
     left = {path.name for path in tmp_path.iterdir()} - {"in.jsonl"}
     assert left == ({partial.name} if how == signal.SIGKILL else set())
     with pytest.raises(DataError, match="no such file"):
