@@ -101,6 +101,10 @@ def _compact_entry(text: str) -> dict[str, Any]:
     for item in mixture.split(","):
         stream, _, value = item.partition("=")
         share, star, weight = value.partition("*")
+        if stream.strip() in found.entry:
+            raise ConfigurationError(
+                f"curriculum phase {text.strip()!r} names {stream.strip()!r} twice: give each stream one share"
+            )
         found.entry[stream.strip()] = _number(share, f"share in {item.strip()!r}") if share.strip() else 1.0
         if star:
             found.weights[stream.strip()] = _number(weight, f"loss weight in {item.strip()!r}")

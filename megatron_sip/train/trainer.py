@@ -36,7 +36,7 @@ class RunEnd:
 
     step: int
     finished: bool
-    """False: it was stopped by a signal or by its time limit, after saving."""
+    """False: it was stopped by a signal or by its time limit, after saving; or its last save failed."""
     reason: str
     exit_code: int
 
@@ -104,6 +104,9 @@ class Trainer:
         if self._step < self._schedule.train_iters:
             assert stop is not None
             end = RunEnd(self._step, False, stop.reason, stop.exit_code)
+        if self._checkpoints.due(self._step, last=True):
+            # Training may go on after a failed save (--on-save-failure continue); a run may not end well with one.
+            end = RunEnd(self._step, False, f"{end.reason}, but its last checkpoint could not be saved", 1)
         self._record.message(f"the run ends at iteration {end.step}: {end.reason}")
         return end
 

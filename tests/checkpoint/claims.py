@@ -31,6 +31,7 @@ from megatron_sip.errors import CheckpointError
 from megatron_sip.model.build import build_model
 from megatron_sip.model.config import ModelConfig
 from tests.checkpoint.trainee import VOCABULARY, Trainee, config_of, model_of
+from tests.limits import largest_file
 
 IDENTITY = ModelIdentity(61, "tokenizer-a", {"num_layers": 2, "hidden_size": 32, "num_query_groups": 2})
 COMMON = {"consumed": {"ntp": 24}, "rng": {"seed": 7}, "blob": torch.arange(3)}
@@ -93,7 +94,7 @@ def _failures(context: ParallelContext, trainee: Trainee, root: str) -> dict[str
     manager(context, path).save(3, trainee.state, COMMON)
     messages: dict[str, Any] = {}
     for name, rank, size in (("shard", 1, 50_000), ("common", 0, 1_000)):
-        with _largest_file(size if context.rank == rank else resource.RLIM_INFINITY):
+        with largest_file(size if context.rank == rank else resource.RLIM_INFINITY):
             messages[name] = error_of(lambda: manager(context, path).save(4, trainee.state, COMMON))
             tolerant = manager(context, path, on_save_failure="continue")
             messages[f"{name}_tolerated"] = (tolerant.save(4, trainee.state, COMMON), tolerant.num_failures)
@@ -162,17 +163,6 @@ def _without_output_layer(trainee: Trainee) -> Any:
         return state
 
     return build
-
-
-@contextmanager
-def _largest_file(size: int) -> Iterator[None]:
-    """Stands for a full disk: the kernel refuses to write beyond ``size`` bytes of a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager

@@ -156,6 +156,7 @@ def test_weights_default_to_one_and_are_per_phase():
         (CurriculumConfig(curriculum="ntp; rollout"), ["no number of steps"]),
         (CurriculumConfig(curriculum="ntp:10:speed=2"), ["'speed'", "ramp"]),
         (CurriculumConfig(curriculum=" ; "), ["no phase"]),
+        (CurriculumConfig(curriculum="ntp=0.5,ntp=1:10"), ["'ntp' twice", "one share"]),
         (CurriculumConfig(curriculum="ntp:5:ramp=2"), ["first"]),
         (CurriculumConfig(curriculum="ntp:5; rollout:5:ramp=9"), ["9", "5 steps"]),
         (CurriculumConfig(curriculum="ntp:0"), ["steps", "0"]),

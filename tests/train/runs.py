@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_sip.data.indexed import CorpusMeta, IndexedWriter, open_indexed
 from megatron_sip.teacher.ngram import fit_ngrams
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 from megatron_sip.types import Candidate, CandidateKind
+from tests.limits import largest_file
 
 VOCABULARY = 61
 SUFFIX = 6
@@ -126,7 +128,8 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
         if payload.get("recorded"):
             trainer._queue._preparer.rollouts = RecordedRollouts()
         trainer.load()
-        end = trainer.run()
+        with largest_file(payload["largest_file"]) if payload["largest_file"] else nullcontext():
+            end = trainer.run()
         norm = trainer._engine.parameter_norm()
         weights = {
             name: parameter.detach().float().numpy().copy()
@@ -134,7 +137,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
             for name, parameter in chunk.named_parameters()
         }
         has_reference = trainer._engine.has_reference
-    found = {"end": end.step, "finished": end.finished, "norm": norm, "weights": weights, "records": records(config)}
+    found = {"end": end, "norm": norm, "weights": weights, "records": records(config)}
     return {**found, "has_reference": has_reference}
 
 

@@ -33,9 +33,16 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(world_size: int, corpora: Path, folder: Path, recorded: bool = False, **changes: Any) -> list[dict[str, Any]]:
+def run(
+    world_size: int,
+    corpora: Path,
+    folder: Path,
+    recorded: bool = False,
+    largest_file: int | None = None,
+    **changes: Any,
+) -> list[dict[str, Any]]:
     changes.setdefault("run_dir", str(folder))
-    payload = {"recipe": recipe(corpora, **changes), "recorded": recorded}
+    payload = {"recipe": recipe(corpora, **changes), "recorded": recorded, "largest_file": largest_file}
     return run_ranks(world_size, "tests.train.runs:train", payload)
 
 
@@ -98,3 +105,12 @@ def test_a_warm_up_without_teacher_goes_on_with_rollouts(corpora: Path, tmp_path
     records = after["records"]
     assert [record["step"] for record in records] == [3]
     assert "sip/chosen_rate/rollout" in records[0]
+
+
+def test_a_run_goes_on_after_a_failed_save_but_does_not_end_well_with_one(corpora: Path, tmp_path: Path) -> None:
+    flags = {"phases": [{"name": "warm-up", "ntp": 1.0}], "train_iters": 2, "save_interval": 1}
+    flags |= {"save": str(tmp_path / "checkpoints"), "on_save_failure": "continue"}
+    (found,) = run(1, corpora, tmp_path, largest_file=20_000, **flags)
+    assert [record["step"] for record in found["records"]] == [1, 2]
+    assert (found["end"].finished, found["end"].exit_code) == (False, 1)
+    assert "last checkpoint could not be saved" in found["end"].reason
