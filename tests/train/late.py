@@ -26,7 +26,7 @@ def train_all(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _train(config: Any, context: Any, run: dict[str, Any]) -> dict[str, Any]:
-    """``run``: ``recorded`` rollouts; ``stop_on``: words of a message upon which this process gets SIGTERM."""
+    """``run``: ``recorded`` rollouts; ``stop_on``: words of a message upon which rank 0, and no other, gets SIGTERM."""
     from megatron_sip.checkpoint import StopSignals
     from megatron_sip.train import build
 
@@ -67,7 +67,7 @@ def _listening(stop_on: str | None) -> Iterator[list[str]]:
 
     def message(record: RunRecord, text: str) -> None:
         said.append(text)
-        if stop_on is not None and stop_on in text:
+        if stop_on is not None and stop_on in text and os.environ["RANK"] == "0":
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     before, RunRecord.message = RunRecord.message, message

@@ -255,18 +255,27 @@ def test_training_pauses_while_all_endpoints_are_gone_and_then_goes_on_as_if_the
     assert found["saved"][0] == f"iter_{first:07}" and first < 3 and found["saved"][-1] == "iter_0000003"
 
 
-def test_sigterm_ends_a_pause_and_the_run_goes_on_from_there(corpora: Path, tmp_path: Path) -> None:
-    quick = {**IMPATIENT, "train_iters": 3, "lookahead": 1}
-    save = str(tmp_path / "saves")
+def test_sigterm_of_one_rank_ends_the_pause_of_all_and_the_run_goes_on_from_there(
+    corpora: Path, tmp_path: Path
+) -> None:
+    quick = {**IMPATIENT, "train_iters": 3, "lookahead": 1, "recorded": True}
+    quick |= {"micro_batch_size": 1, "rollout_micro_batch_size": 1, "save": str(tmp_path / "saves")}
     with FaultServer(answer=verdict) as server:
-        straight = train(corpora, tmp_path, run=http(server, **quick))["run"]
+        straight = train(corpora, tmp_path, run={**quick, "save": None, **http(server)})["run"]
     with FaultServer(answer=verdict, delay_s=0.05) as server, outage(server, after=CALLS + 4, seconds=0):
-        stopped = {"save": save, "stop_on": "training pauses", **http(server, **quick)}
-        first = train(corpora, tmp_path / "again", run=stopped)["run"]
-    assert first["end"].exit_code == 143 and not first["end"].finished
-    step = first["end"].step
-    assert first["saved"] == [f"iter_{step:07}"]
+        stopped = plan(corpora, tmp_path / "again", {**quick, "stop_on": "training pauses", **http(server, **quick)})
+        both = run_ranks(2, "tests.train.late:train_all", {"runs": {"run": stopped}}, timeout_s=240)
+    step = both[0]["run"]["end"].step
+    for rank in both:
+        assert rank["run"]["end"].exit_code == 143 and rank["run"]["end"].step == step < 3
+        assert any("training pauses" in text for text in rank["run"]["said"])
+    assert both[0]["run"]["saved"] == [f"iter_{step:07}"]
     with FaultServer(answer=verdict) as server:
-        second = train(corpora, tmp_path / "again", run={"load": save, **http(server, **quick)})["run"]
-    assert second["pending"][0] == (step, False)
-    assert_alike(second, straight)
+        resumed = {**quick, "load": str(tmp_path / "saves"), **http(server, **quick)}
+        found = train(corpora, tmp_path / "one", run=resumed)["run"]
+    assert found["pending"][0] == (step, False)
+    for ours, theirs in zip(found["records"], straight["records"][step:], strict=True):
+        for name in ("step", "lm loss", "loss/dpo", "grad-norm", "consumed-samples"):
+            if name not in theirs and name not in ours:  # a step whose pairs are all ties
+                continue
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-4, err_msg=f"{name} {theirs['step']}")
