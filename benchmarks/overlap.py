@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=8, help="steps of each run, the first two not counted")
     parser.add_argument("--lookahead", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="judge times, parts of the compute")
     parser.add_argument("--in-flight", type=int, default=0, help="requests in flight beside training; 0: the table")
     parser.add_argument("--answer-s", type=float, default=20.0, help="seconds until these are answered")
     parser.add_argument("--trainer-core", type=int, default=0)
@@ -77,15 +78,15 @@ def main() -> None:
 def table(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     """Prints and returns a line per lookahead and judge time."""
     rows: list[dict[str, float]] = []
-    # The number of rounds follows from the schedule: a run with a known time to each tells.
-    probe = run(folder, options, 0, round_s=0.05, steps=SKIPPED + 2)
-    rounds = round(probe["judge_s"] / 0.05)
-    print(f"{rounds} rounds of questions to a step; step, compute, judge and wait in s, medians")
+    # The number of rounds follows from the schedule: runs with known times to each tell. They also warm the process up.
+    quick, slow = (run(folder, options, 0, round_s, steps=SKIPPED + 3)["judge_s"] for round_s in (0.0, 0.1))
+    rounds = round((slow - quick) / 0.1)
+    print(f"{rounds} rounds of questions to a step; step, compute, judge and wait in s, medians; {load()}")
     print("lookahead  asked for  judge/compute   step  compute  judge   wait  hidden  limit  step/limit")
     for lookahead in options.lookahead:
         run(folder, options, lookahead, round_s=0.0, steps=options.steps)  # the first is slower
         bare = run(folder, options, lookahead, round_s=0.0, steps=options.steps)
-        for share in SHARES:
+        for share in options.shares:
             # The panel's own work takes time too: what is asked for is the time from submission to the last verdict.
             round_s = max(0.0, share * bare["step_s"] - bare["judge_s"]) / rounds
             found = run(folder, options, lookahead, round_s, options.steps) if share else bare
@@ -101,7 +102,12 @@ def table(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
                 f"{limit_s:5.3f}  {found['step_s'] / limit_s:10.3f}",
                 flush=True,
             )
+    print(load())
     return rows
+
+
+def load() -> str:
+    return "load average of the last 1, 5 and 15 minutes: " + ", ".join(f"{part:.1f}" for part in os.getloadavg())
 
 
 def run(folder: Path, options: argparse.Namespace, lookahead: int, round_s: float, steps: int) -> dict[str, float]:

@@ -9,6 +9,8 @@ cover TP and PP, which share one leader's answers, or several nodes.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -46,6 +48,10 @@ PATIENT = {
 
 IMPATIENT = {"judge_give_up_s": 0.5, "judge_max_attempts": 2, "judge_pause_failure_rate": 0.01}
 """For an outage: a call fails soon, and a single one pauses, so that no step loses a verdict wherever it begins."""
+
+
+OUTAGE_S = float(os.environ.get("TEST_OUTAGE_S", "4"))
+"""How long all endpoints are gone; a longer one was tried by hand (docs/results/judge.md)."""
 
 
 def verdict(body: dict[str, Any], index: int) -> str:
@@ -195,22 +201,28 @@ def faulty(number: int) -> str:
     return FAULTS[1 + number // 10 % 6].replace("hang", "reset") if place == 8 else ""
 
 
-def test_faults_of_every_kind_and_a_dead_endpoint_change_no_verdict(corpora: Path, tmp_path: Path) -> None:
+def test_faults_of_every_kind_and_one_of_three_endpoints_dead_change_no_verdict(corpora: Path, tmp_path: Path) -> None:
     short = {"judge_read_timeout_s": 1.5, "train_iters": 3, "lookahead": 1, "judge_breaker_failures": 3}
-    with FaultServer(answer=verdict) as good, FaultServer(answer=verdict, fault=faulty) as bad:
+    with FaultServer(answer=verdict) as good:
+        straight = train(corpora, tmp_path, good=http(good, **short))["good"]
+    numbers = itertools.count()
+
+    def fault(_: int) -> str:
+        return faulty(next(numbers))
+
+    with FaultServer(answer=verdict, fault=fault) as bad, FaultServer(answer=verdict, fault=fault) as worse:
         with FaultServer() as dead:
             gone = dead.url
-        runs = {"good": http(good, **short), "bad": http(bad, gone, **short)}
-        found = train(corpora, tmp_path, **runs)
-        answered = bad.counts["ok"]
-        met, served = set(bad.counts), len(bad.seen)
-    assert_alike(found["bad"], found["good"])
+        found = train(corpora, tmp_path, bad=http(bad, gone, worse, **short))
+        answered = bad.counts["ok"] + worse.counts["ok"]
+        met, served = {*bad.counts, *worse.counts}, len(bad.seen) + len(worse.seen)
+    assert_alike(found["bad"], straight)
     records = found["bad"]["records"]
     assert [record["judge/calls"] for record in records] == [CALLS] * 3
     assert [record["judge/failure_rate"] for record in records] == [0.0] * 3
     # Each call was answered once; each fault, and each try at the dead endpoint, was another attempt. Steps overlap:
     # what was counted on the way is in the record of whichever ended first.
-    assert answered == 3 * CALLS and {"status 500", "hang"} < met
+    assert answered == 3 * CALLS and met == {"ok", *FAULTS}
     total = {name: sum(record.get(f"judge/{name}", 0) for record in records) for name in ("requests", "attempts")}
     assert total["requests"] == 3 * CALLS and total["attempts"] > served
 
@@ -242,7 +254,7 @@ def test_training_pauses_while_all_endpoints_are_gone_and_then_goes_on_as_if_the
     quick = {**IMPATIENT, "train_iters": 3, "lookahead": 1}
     with FaultServer(answer=verdict) as server:
         straight = train(corpora, tmp_path, straight=http(server, **quick))["straight"]
-    with FaultServer(answer=verdict, delay_s=0.05) as server, outage(server, after=CALLS + 4, seconds=4.0):
+    with FaultServer(answer=verdict, delay_s=0.05) as server, outage(server, after=CALLS + 4, seconds=OUTAGE_S):
         paused = {"save": str(tmp_path / "paused-saves"), **http(server, **quick)}
         found = train(corpora, tmp_path, paused=paused)["paused"]
     assert_alike(found, straight)
