@@ -38,14 +38,15 @@ def failures_end_the_job() -> Iterator[None]:
     except KeyboardInterrupt:
         _leave("interrupted twice: leaving without saving" if _is_first() else "", 130)
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, on the loss of another rank: this one leaves anyway
         _leave(_describe(error) if _is_first() else "", 1)
 
 
 @contextmanager
 def signals_end_the_start() -> Iterator[None]:
-    """Outside of training SIGTERM and SIGINT end this process at once, with one line: there is nothing to save.
+    """Before training SIGTERM and SIGINT end this process at once, with one line: there is nothing to save.
 
-    ``StopSignals`` takes over while the loop runs.
+    ``StopSignals`` takes over with the first step.
     """
     before = {number: signal.signal(number, _leave_on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_sip.errors import ConfigurationError, SIPError
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    with failures_end_the_job(), signals_end_the_start():
+    with failures_end_the_job(), signals_end_the_start(), ExitStack() as noting:
         # Imported here: --help and --dry-run answer at once, and a signal in these seconds is answered too.
         from megatron_sip.checkpoint import StopSignals
         from megatron_sip.distributed import initialize
@@ -49,8 +50,9 @@ def _train(config: TrainConfig) -> int:
         signals = StopSignals()
         with build_trainer(config, context, signals) as trainer:
             trainer.load()
-            with signals:
-                end = trainer.run()
+            # Until all is closed: a rank that has lost another gets torchrun's SIGTERM before it has said so.
+            noting.enter_context(signals)
+            end = trainer.run()
             if end.finished and context.rank == 0 and config.observability.run_dir is not None:
                 _mark_finished(Path(config.observability.run_dir), end.step)
         context.shutdown()
