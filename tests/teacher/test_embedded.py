@@ -111,7 +111,7 @@ def test_the_fitted_teacher_ranks_real_text_over_shuffled_over_loops(corpus, jud
         for ticket in range(2):
             teacher.submit(ticket, judge_request(groups, tokenizer, learn=False))
         results = [teacher.collect(ticket) for ticket in range(2)]
-    found, again = map(judgments, results)
+    found, again = (judgments(result.groups) for result in results)
     quality = np.mean([judgment.criteria["quality"] for judgment in found], axis=0)
     assert quality[0] > 0.8
     assert quality[2] < 0.1
