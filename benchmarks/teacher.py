@@ -40,6 +40,11 @@ MODEL = {
     "make_vocab_size_divisible_by": 4,
     "init_method_std": 0.05,
 }
+POLICY = {
+    "": {"lr": 3e-4, "curriculum": "ntp=0.5,rollout=0.5:100"},
+    "-strong": {"lr": 1e-3, "curriculum": "ntp=0.25,rollout=0.75:100"},
+}
+"""How hard the policies are trained on their judge's verdicts."""
 GRPO = {"lr": 3e-4, "lr_decay_style": "constant", "weight_decay": 0, "prompt_length": 80, "rollout_batch_size": 512}
 
 
@@ -84,6 +89,7 @@ class Bench:
         if (data / "judge.npz").exists():
             return
         write_templates(data / "prompts")
+        write_templates(data / "prompts-no-prefix", "{{prefix}}")
         (data / "unsafe.txt").write_text("\n".join(word.strip() for word in UNSAFE_WORDS) + "\n", encoding="utf-8")
         for number, (name, count) in enumerate(DOCUMENTS.items()):
             write_lines(data / f"{name}.jsonl", documents(count, number))
@@ -182,13 +188,14 @@ class Bench:
             rollout_max_new_tokens=SUFFIX,
         )
 
-    def policy(self) -> None:
+    def policy(self, strength: str = "") -> None:
         """Two policies from one start: judged by the trained judge, and by what it was before: a coin."""
         start = self._policy_warm_up()
-        arms = {"by-judge": self.judge(), "by-coin": self.warm_up(), "start": None}
-        saved = {name: self._policy(name, start, judge) if judge else start for name, judge in arms.items()}
+        arms = {"by-judge": self.judge(), "by-coin": self.warm_up()}
+        saved = {name: self._policy(name + strength, start, judge, strength) for name, judge in arms.items()}
+        saved["start"] = start
         for baseline in ("by-coin", "start"):
-            output = self.arms / f"against-{baseline}.json"
+            output = self.arms / f"against-{baseline}{strength}.json"
             if not output.exists():
                 run(
                     "tools/evaluate.py",
@@ -205,7 +212,7 @@ class Bench:
                     rollout_batch_size=512,
                 )
 
-    def _policy(self, name: str, start: Path, judge: Path) -> Path:
+    def _policy(self, name: str, start: Path, judge: Path, strength: str) -> Path:
         return train(
             self.arms / name,
             "pretrain_sip.py",
@@ -213,11 +220,10 @@ class Bench:
             **self.teacher(judge),
             pretrained_checkpoint=start,
             candidates="rollout:4",
-            curriculum="ntp=0.5,rollout=0.5:100",
+            **POLICY[strength],
             train_iters=100,
             global_batch_size=32,
             micro_batch_size=16,
-            lr=3e-4,
             lr_decay_style="constant",
             weight_decay=0,
             rollout_batch_size=512,
@@ -255,18 +261,26 @@ class Bench:
         }
 
     def bench(self) -> None:
-        """The coin, the trained judge and the n-gram judge on the same held-out pairs."""
+        """The coin, the trained judge, also by another prompt, and embedded ones; compared with other seeds' so far."""
+        judge = self.teacher(self.judge())
         judges: Mapping[str, dict[str, Any]] = {
             "coin": self.teacher(self.warm_up()),
-            "trained": self.teacher(self.judge()),
-            "n-gram": {"judge_model": self.data / "judge.npz"},
+            "trained": judge,
+            "no-prefix": {**judge, "judge_prompts": self.data / "prompts-no-prefix"},
+            "embedded": {"judge_model": self.data / "judge.npz", "safety_words": self.data / "unsafe.txt"},
         }
-        examples = self.data / "teacher" / "quality.valid.jsonl"
-        outputs = {name: self.arms / f"bench-{name}.jsonl" for name in judges}
-        for name, options in judges.items():
-            asked = {"examples": examples, "output": outputs[name], "num_examples": 256}
-            run("tools/judge_bench.py", **asked, **self.tokenizer, **options)
-        run("tools/judge_bench.py", "--compare", *outputs.values())
+        asked = {"quality": ("coin", "trained", "embedded", "no-prefix"), "safety": ("coin", "trained")}
+        for task, names in asked.items():
+            for name in names:
+                # The embedded judges are the same for all seeds.
+                folder = self.folder if name == "embedded" else self.arms
+                files = {
+                    "examples": self.data / "teacher" / f"{task}.valid.jsonl",
+                    "output": folder / f"bench-{task}-{name}.jsonl",
+                }
+                run("tools/judge_bench.py", **files, num_examples=256, **self.tokenizer, **judges[name])
+            found = [self.folder / f"bench-{task}-embedded.jsonl", *self.folder.glob(f"seed*/bench-{task}-*.jsonl")]
+            run("tools/judge_bench.py", "--compare", *sorted(path for path in found if path.exists()))
 
     def teacher(self, judge: Path) -> dict[str, Any]:
         """Options of a checkpoint as the teacher."""
@@ -309,7 +323,7 @@ def _records(arm: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Runs one stage and those that it needs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("data", "warm", "judge", "rewriter", "policy", "bench", "table"))
+    parser.add_argument("stage", choices=("data", "warm", "judge", "rewriter", "policy", "strong", "bench", "table"))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "teacher", help="everything goes here")
     parser.add_argument("--seed", type=int, default=1, help="of weights, order and sampling")
     options = parser.parse_args()
@@ -322,6 +336,7 @@ def main() -> None:
         "judge": bench.judge,
         "rewriter": bench.rewriter,
         "policy": bench.policy,
+        "strong": lambda: bench.policy("-strong"),
         "bench": bench.bench,
         "table": lambda: print(table(options.folder.resolve())),
     }

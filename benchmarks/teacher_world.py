@@ -53,11 +53,12 @@ def write_lines(path: Path, texts: Iterator[str] | Sequence[str], source: str = 
             stream.write(json.dumps({"text": text, "source": source}) + "\n")
 
 
-def write_templates(folder: Path) -> None:
-    """Short prompts, for a model that reads 32 words and not English."""
+def write_templates(folder: Path, without: str = "") -> None:
+    """Short prompts, for a model that reads 32 words and not English; the quality judge's lacks ``without``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in TEMPLATES.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        shown = text.replace(without, "") if without and name == "quality" else text
+        (folder / f"{name}.txt").write_text(shown, encoding="utf-8")
 
 
 def render(name: str, **values: str) -> str:

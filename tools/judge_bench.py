@@ -169,8 +169,13 @@ async def measure(options: BenchOptions, models: ModelSource | None) -> tuple[di
     if examples.criterion == "factuality":
         about["variant"] = options.teacher.factuality_variant
     path = Path(options.output)
+    questions = list(examples.questions())
+    if not questions:
+        raise DataError(f"--examples {options.examples} holds no pair with the good option first: give the whole file")
+    # Of the first question: it changes with the prompt's wording.
+    about["prompt"] = judge.prompt_hash(questions[0].question)
     known = _known(path, about)
-    asked = [one for one in examples.questions() if one.key not in known]
+    asked = [one for one in questions if one.key not in known]
     try:
         # Missing votes are not kept: they are asked again.
         _write(path, about, list(known.values()), "wb")
@@ -190,7 +195,9 @@ def _known(path: Path, about: Mapping[str, Any]) -> dict[tuple[int, str, bool, i
         return {}
     before, votes = read_votes(path)
     if before != about:
-        raise DataError(f"--output {path} holds votes of another judge or on other examples: give another file")
+        raise DataError(
+            f"--output {path} holds votes of another judge or prompt or on other examples: give another file"
+        )
     good = [vote for vote in votes if not math.isnan(vote.favoured)]
     return {(vote.example, vote.form, vote.good_first, vote.number): vote for vote in good}
 
@@ -231,17 +238,20 @@ def describe(about: Mapping[str, Any], votes: Sequence[Vote]) -> str:
             f"missing votes, %                  {100 * biases.missing:.1f}",
         ]
         return "\n".join(lines)
-    lines += [f"  {'judged':<12}" + "".join(f"{name:>24}" for name in _columns(votes))]
-    for form, counts in sorted(confusion(votes).items()):
+    table = confusion(votes, about["criterion"])
+    columns = _columns(about["criterion"], table)
+    lines += [f"  {'judged':<12}" + "".join(f"{name:>24}" for name in columns)]
+    for form, counts in sorted(table.items()):
         total = sum(counts.values())
-        cells = (f"{counts[name]} ({100 * counts[name] / total:.1f} %)" for name in _columns(votes))
+        cells = (f"{counts[name]} ({100 * counts[name] / total:.1f} %)" for name in columns)
         lines.append(f"  {form:<12}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
 
-def _columns(votes: Sequence[Vote]) -> list[str]:
-    found = {name for counts in confusion(votes).values() for name in counts}
-    order = [*LABELS.values(), *sorted(found - set(LABELS.values()))]
+def _columns(criterion: str, table: Mapping[str, Mapping[str, int]]) -> list[str]:
+    found = {name for counts in table.values() for name in counts}
+    named = list(LABELS[criterion].values())
+    order = [*named, *sorted(found - set(named))]
     return [name for name in order if name in found]
 
 

@@ -16,7 +16,11 @@ import numpy as np
 
 AS_IS, GOOD_COMPLETE, BAD_COMPLETE = "as is", "good complete", "bad complete"
 FORMS = (AS_IS, GOOD_COMPLETE, BAD_COMPLETE)
-LABELS = {0.0: "Definite", 0.5: "Possible", 1.0: "No Hallucination"}
+LABELS = {
+    "factuality": {0.0: "Definite", 0.5: "Possible", 1.0: "No Hallucination"},
+    "safety": {0.0: "unsafe", 1.0: "safe"},
+}
+"""Criterion -> score -> its name in tables."""
 _SENTENCE_END = re.compile(r"[.!?][\"')\u201d\u2019]*(?=\s|$)")
 
 
@@ -109,17 +113,17 @@ def _flips(votes: Sequence[Vote]) -> Share:
     return share(Vote(i, "", AS_IS, True, 0, value) for i, value in enumerate(flipped))
 
 
-def confusion(votes: Sequence[Vote]) -> dict[str, Counter[str]]:
-    """Form -> how often the majority of an example's votes gave which score (Tables 10 to 12)."""
+def confusion(votes: Sequence[Vote], criterion: str) -> dict[str, Counter[str]]:
+    """Form -> how often the majority of an example's votes gave which score of ``criterion`` (Tables 10 to 12)."""
     table: dict[str, Counter[str]] = defaultdict(Counter)
     for (_, form), values in _by_question(votes).items():
-        table[str(form)][name_of(_majority(values))] += 1
+        table[str(form)][name_of(_majority(values), criterion)] += 1
     return dict(table)
 
 
-def name_of(score: float) -> str:
+def name_of(score: float, criterion: str) -> str:
     """The name of a score in tables."""
-    return "missing" if math.isnan(score) else LABELS.get(score, f"{score:g}")
+    return "missing" if math.isnan(score) else LABELS[criterion].get(score, f"{score:g}")
 
 
 @dataclass(frozen=True)

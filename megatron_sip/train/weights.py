@@ -18,8 +18,8 @@ from megatron_sip.tokenizer import Tokenizer
 
 def load_weights(
     chunks: Sequence[PolicyModel], identity: ModelIdentity, directory: str, step: int | None, context: ParallelContext
-) -> int:
-    """Puts the weights of a checkpoint into a model; returns the step it was saved at. Collective.
+) -> None:
+    """Puts the weights of a checkpoint into a model. Collective.
 
     Raises:
         CheckpointError: there is none, or it is of another model.
@@ -35,11 +35,10 @@ def load_weights(
     assert loaded is not None
     for name, chunk in zip(names, chunks, strict=True):
         chunk.load_state_dict(loaded.state[name], strict=True)
-    return loaded.step
 
 
 def open_model(directory: str, tokenizer: Tokenizer, context: ParallelContext) -> tuple[list[PolicyModel], str]:
-    """The model of the latest checkpoint under ``directory``, of the architecture it says it has, and its name.
+    """The model of the latest checkpoint under ``directory``, of its own architecture, named by its folder.
 
     Raises:
         CheckpointError: there is none, it is damaged, or the tokenizer is not its own.
@@ -53,8 +52,8 @@ def open_model(directory: str, tokenizer: Tokenizer, context: ParallelContext) -
     architecture = source.architecture(None)
     chunks = build_model(model_config_of(architecture), tokenizer.vocab_size, context)
     identity = identity_of(architecture, tokenizer.vocab_size, tokenizer.fingerprint)
-    step = load_weights(chunks, identity, directory, None, context)
-    return chunks, f"{directory} step {step}"
+    load_weights(chunks, identity, directory, None, context)
+    return chunks, str(source.directory)
 
 
 def model_config_of(architecture: Architecture) -> ModelConfig:

@@ -67,8 +67,10 @@ def test_confusion_counts_majorities_by_name() -> None:
         *label(2, "model", NAN),
         *label(3, "model", 0.0, 0.5),
     ]
-    found = {form: dict(counts) for form, counts in confusion(votes).items()}
+    found = {form: dict(counts) for form, counts in confusion(votes, "factuality").items()}
     assert found == {"suffix": {"No Hallucination": 1, "Possible": 1}, "model": {"missing": 1, "Definite": 1}}
+    safety = confusion([*label(0, "safe", 0.0), *label(1, "safe", 1.0), *label(2, "safe", 0.25)], "safety")
+    assert dict(safety["safe"]) == {"unsafe": 1, "safe": 1, "0.25": 1}
 
 
 def test_agreement_is_also_given_beyond_chance() -> None:

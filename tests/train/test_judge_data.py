@@ -153,6 +153,8 @@ def test_the_bench_asks_each_pair_in_both_orders_and_three_forms_once(world: Pat
     again, complete = asyncio.run(judge_bench.measure(bench(world, made, output), None))
     assert again == about and sorted(map(repr, complete)) == sorted(map(repr, votes))
     assert judge_bench.read_votes(output) == (about, complete)
+    with pytest.raises(DataError, match="another judge or prompt"):
+        asyncio.run(judge_bench.measure(bench(world, made, output, examples=str(made / "quality.valid.jsonl")), None))
     text = judge_bench.compare([str(output), str(output)])
     assert "book" in text and "wiki" in text and "100.0 %, 1.000, 120" in text
 
@@ -162,6 +164,8 @@ def test_the_word_list_judge_is_right_about_every_safety_example(world: Path, ma
     about, votes = asyncio.run(judge_bench.measure(asked, None))
     assert {(vote.form, vote.favoured) for vote in votes} == {("safe", 1.0), ("unsafe", 0.0)}
     assert len(votes) == 12 and "6 (100.0 %)" in judge_bench.describe(about, votes)
+    header = judge_bench.describe(about, votes).splitlines()[1]
+    assert header.split() == ["judged", "unsafe", "safe"]
 
 
 def test_factuality_is_asked_of_original_and_corrupted(world: Path, made: Path, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def judge_twice(payload: dict[str, Any]) -> dict[str, Any]:
         "cut": (cut.score, cut.failure),
         "refusal of another tokenizer": refusal,
         "shared": models.rewriter()._generator is judge._generator,
+        "model": judge.identity().model,
     }
 
 
@@ -121,6 +122,8 @@ def test_a_verdict_depends_on_the_prompt_and_the_vote_alone(world: Path, tmp_pat
     assert found["spoken"] == (0.0, " Conclusion: Option 2", "")
     assert np.isnan(found["cut"][0]) and found["cut"][1].startswith("unparsable")
     assert found["shared"]
+    # The world's judge was trained for a step.
+    assert found["model"] == str(world / "judge" / "iter_0000001")
     assert "--judge-tokenizer-model" in found["refusal of another tokenizer"]
 
 
