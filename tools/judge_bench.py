@@ -256,7 +256,10 @@ def _columns(criterion: str, table: Mapping[str, Mapping[str, int]]) -> list[str
 
 
 def compare(paths: Sequence[str]) -> str:
-    """Tables of all, and how far each two agree."""
+    """Tables of all, and how far each two agree.
+
+    Judges out of checkpoints draw the same random numbers on the same prompt: two that are at 1/2 agree as well.
+    """
     found = [(path, *read_votes(Path(path))) for path in paths]
     lines = [f"{path}\n{describe(about, votes)}\n" for path, about, votes in found]
     lines.append("agreement of majorities on the same questions: share, Cohen's kappa, questions")

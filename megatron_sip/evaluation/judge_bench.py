@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -138,8 +138,12 @@ class Agreement:
 
 
 def agreement(ours: Sequence[Vote], theirs: Sequence[Vote]) -> Agreement:
-    """By the majority of votes per example, form and order."""
-    mine, other = _by_question(ours, order=True), _by_question(theirs, order=True)
+    """By the majority of votes per example, form and order.
+
+    Of pairs by place, first or second: by right or wrong, two judges that are nearly always right would agree no better
+    than chance.
+    """
+    mine, other = _by_question(map(_by_place, ours), order=True), _by_question(map(_by_place, theirs), order=True)
     pairs = [(_majority(mine[key]), _majority(other[key])) for key in mine if key in other]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
     if not pairs:
@@ -165,7 +169,12 @@ def cut_off(text: str) -> str:
     return (words[0] if len(words) == 2 else text).rstrip(".!?\"')\u201d\u2019 ")
 
 
-def _by_question(votes: Sequence[Vote], order: bool = False) -> Mapping[tuple[Hashable, ...], list[float]]:
+def _by_place(vote: Vote) -> Vote:
+    """With what a vote on a pair gives the option that stood first."""
+    return vote if vote.good_first else replace(vote, favoured=1 - vote.favoured)
+
+
+def _by_question(votes: Iterable[Vote], order: bool = False) -> Mapping[tuple[Hashable, ...], list[float]]:
     found: dict[tuple[Hashable, ...], list[float]] = defaultdict(list)
     for vote in votes:
         key = (vote.example, vote.form, vote.good_first) if order else (vote.example, vote.form)

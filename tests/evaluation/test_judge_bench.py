@@ -82,6 +82,14 @@ def test_agreement_is_also_given_beyond_chance() -> None:
     assert math.isnan(agreement(ours, [Vote(9, "", AS_IS, True, 0, 1.0)]).share)
 
 
+def test_judges_that_are_nearly_always_right_agree_beyond_chance() -> None:
+    ours = [vote for example in range(4) for vote in pair(example, 1, 1)]
+    theirs = [*ours[:-1], Vote(3, "wiki", AS_IS, False, 0, 0.0)]
+    found = agreement(ours, theirs)
+    # They name the first option 4 and 5 times of 8: 1/2 by chance; 7 of 8 alike.
+    assert (found.share, found.kappa) == (0.875, pytest.approx(0.75))
+
+
 def test_texts_are_completed_at_a_sentence_end_and_cut_within_one() -> None:
     text = " The hill is high. Ada sees it and"
     assert completed(text) == " The hill is high."
