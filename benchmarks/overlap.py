@@ -86,19 +86,18 @@ def table(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     for lookahead in options.lookahead:
         run(folder, options, lookahead, round_s=0.0, steps=options.steps)  # the first is slower
         bare = run(folder, options, lookahead, round_s=0.0, steps=options.steps)
+        compute_s = bare["step_s"] - bare["wait_s"]  # the panel's own work is waited for within the step
         for share in options.shares:
             # The panel's own work takes time too: what is asked for is the time from submission to the last verdict.
-            round_s = max(0.0, share * bare["step_s"] - bare["judge_s"]) / rounds
+            round_s = max(0.0, share * compute_s - bare["judge_s"]) / rounds
             found = run(folder, options, lookahead, round_s, options.steps) if share else bare
             judge_s = found["judge_s"]
             exposed_s = max(0.0, judge_s - bare["headroom_s"])
-            limit_s = 1.05 * (bare["step_s"] + exposed_s if lookahead == 0 else max(bare["step_s"], judge_s))
-            rows.append(
-                {"lookahead": lookahead, "share": share, "compute_s": bare["step_s"], "limit_s": limit_s, **found}
-            )
+            limit_s = 1.05 * (compute_s + exposed_s if lookahead == 0 else max(compute_s, judge_s))
+            rows.append({"lookahead": lookahead, "share": share, "compute_s": compute_s, "limit_s": limit_s, **found})
             print(
-                f"{lookahead:9d}  {share:9.0%}  {judge_s / bare['step_s']:13.0%}  {found['step_s']:5.3f}  "
-                f"{bare['step_s']:7.3f}  {judge_s:5.3f}  {found['wait_s']:5.3f}  {found['hidden']:6.1%}  "
+                f"{lookahead:9d}  {share:9.0%}  {judge_s / compute_s:13.0%}  {found['step_s']:5.3f}  "
+                f"{compute_s:7.3f}  {judge_s:5.3f}  {found['wait_s']:5.3f}  {found['hidden']:6.1%}  "
                 f"{limit_s:5.3f}  {found['step_s'] / limit_s:10.3f}",
                 flush=True,
             )
