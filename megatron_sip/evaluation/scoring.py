@@ -44,6 +44,33 @@ class PolicyScorer:
             scores = torch.empty(sources.shape, dtype=torch.float32, device=self._context.device)
         return self._from_last_stage(scores.contiguous())
 
+    def continuations(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int, with_best: bool
+    ) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): its log-prob, and whether each token of it is the most likely one.
+
+        Contexts lose their beginning where a pair is longer than ``max_length`` + 1 tokens; a continuation must not be.
+        Without ``with_best`` the second is False, and no row of logits is kept.
+        """
+        rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
+        lengths = [len(continuation) for _, continuation in pairs]
+        tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
+        sources = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+        targets = torch.zeros_like(sources)
+        real = torch.zeros_like(sources, dtype=torch.bool)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            tokens[number, : len(row) - 1] = torch.tensor(row[:-1])
+            sources[number, :length] = torch.arange(len(row) - 1 - length, len(row) - 1)
+            targets[number, :length] = torch.tensor(row[len(row) - length :])
+            real[number, :length] = True
+        if with_best:
+            log_probs, best = self.log_probs_and_best(tokens, targets, sources)
+        else:
+            log_probs, best = self.log_probs(tokens, targets, sources), torch.full_like(targets, -1)
+        sums = (log_probs.double() * real).sum(dim=1)
+        greedy = ((best == targets) | ~real).all(dim=1)
+        return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+
     def log_probs_and_best(
         self, tokens: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,3 +144,14 @@ class PolicyScorer:
             group = self._context.pp_group
             dist.broadcast(values, src=dist.get_global_rank(group, self._context.pp_size - 1), group=group)
         return values.cpu()
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of sequences, the longest first, in batches of at most ``batch_tokens`` with padding (or of one)."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

@@ -1,0 +1,65 @@
+"""lm-evaluation-harness: ours against transformers' backend on local tasks; skipped where it is not installed.
+
+Not covered: the paper's tasks themselves, whose data must be downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron_sip.evaluation.lm_eval_tasks import PAPER_TASKS, TaskOptions, means, table
+from megatron_sip.evaluation.scoring import plan_batches
+from tests.interop.lm_eval_local import SCORES, flags_of, scores_by_transformers, write_tasks_and_model
+from tests.ranks import run_ranks
+from tools.run_lm_eval import main
+
+LENGTH = 64  # shorter than the texts: these are cut into windows
+
+
+def test_scores_equal_those_of_transformers_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'megatron-sip[lm-eval]'")
+    write_tasks_and_model(tmp_path, LENGTH)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/parent"))
+    flags = flags_of(tmp_path, tmp_path / "ours.json")
+    flags += ["--config", str(tmp_path / "megatron/recipe.yaml"), "--tensor-model-parallel-size", "2"]
+    flags += ["--batch-tokens", "256", "--seq-length", "48", "--suffix-length", "16"]
+    payload = {"flags": flags, "cache": str(tmp_path / "cache")}
+    reports = run_ranks(2, "tests.interop.lm_eval_claims:scores", payload, timeout_s=240)
+    assert [report["status"] for report in reports] == [0, 0]
+    ours, theirs = reports[0]["results"]["results"], scores_by_transformers(tmp_path, LENGTH)
+    for task, metric in SCORES:
+        assert ours[task][metric] == pytest.approx(theirs[task][metric], rel=1e-4), metric
+    assert "local_choices" in reports[0]["printed"] and reports[1]["printed"] == ""
+
+
+def test_without_the_harness_the_tool_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["--config", "recipe.yaml"]) == 2
+    assert "lm-evaluation-harness is not installed: pip install 'megatron-sip[lm-eval]'" in capsys.readouterr().err
+
+
+def test_the_mean_is_plain_and_takes_accuracy_where_a_task_has_no_other() -> None:
+    assert list(PAPER_TASKS) == [
+        "boolq", "piqa", "social_iqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa", "mmlu"
+    ]  # fmt: skip
+    results = {"boolq": {"acc,none": 0.5}, "piqa": {"acc,none": 0.6, "acc_norm,none": 0.9}}
+    assert means(results, "acc") == pytest.approx(0.55)
+    assert means(results, "acc_norm") == pytest.approx(0.7)
+    assert means({"rolling": {"word_perplexity,none": 4.0}}, "acc") is None
+    assert table(results).splitlines()[-1].split() == ["mean", "0.5500", "0.7000"]
+
+
+def test_examples_are_the_tasks_own_but_for_mmlu_or_as_asked() -> None:
+    assert TaskOptions().num_examples["mmlu"] == 5 and TaskOptions().num_examples["boolq"] == 0
+    assert TaskOptions("mine,piqa").num_examples == {"mine": None, "piqa": None}
+    assert TaskOptions("mine", num_fewshot=2).num_examples == {"mine": 2}
+
+
+def test_batches_are_by_length_and_bounded_with_their_padding() -> None:
+    batches = plan_batches([3, 9, 4, 10, 30, 2], batch_tokens=20)
+    assert batches == [[4], [3, 1], [2, 0, 5]]
