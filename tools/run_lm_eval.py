@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from megatron_sip.distributed import ParallelContext
 
 
+_UNUSED = ["--train-iters", "1", "--data-path", "unused", "--eval-iters", "0", "--curriculum", "ntp:1"]
+"""What a run needs and this does not: corpora and a judge are not looked at."""
+
+
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig | None]:
     """The harness's options, and those of the training that the policy comes from; None for a server."""
     parser = argparse.ArgumentParser(
@@ -60,10 +64,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig | None]:
             problem = f"{rest[0]} has no use" if rest else "--served-model-name or --tokenizer is missing"
             raise ConfigurationError(f"{problem} with --endpoint: give both of these, and no flags of pretrain_sip.py")
         return own, None
-    # What a run needs and this does not: neither is looked at.
-    config = load(
-        TrainConfig, ["--train-iters", "1", "--data-path", "unused", "--eval-iters", "0", *rest], prog="run_lm_eval.py"
-    )
+    config = load(TrainConfig, [*_UNUSED, *rest], prog="run_lm_eval.py")
     if config.checkpoint.load is None and config.checkpoint.pretrained_checkpoint is None:
         raise ConfigurationError("name the checkpoint: --load DIR, or --pretrained-checkpoint DIR")
     return own, config
