@@ -76,7 +76,7 @@ def task_options(own: argparse.Namespace) -> TaskOptions:
 
 
 def score_checkpoint(own: argparse.Namespace, config: TrainConfig, context: ParallelContext) -> dict[str, Any]:
-    """Results by task, equal on all ranks."""
+    """Results by task, on rank 0 all of them."""
     from megatron_sip.evaluation.lm_eval_model import MegatronLM
     from megatron_sip.evaluation.scoring import PolicyScorer
     from megatron_sip.train.build import build_policy

@@ -21,10 +21,14 @@ from megatron_sip.rollout.sampling import SamplingParameters
 from megatron_sip.tokenizer import Tokenizer
 
 _MAX_NEW_TOKENS = 256  # the harness's own default
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 
 
 class MegatronLM(TemplateLM):
-    """Answers the harness's three kinds of requests.
+    """Answers the harness's three kinds of requests as its backend ``hf`` does for the exported policy.
+
+    Probabilities are over the tokenizer's tokens, as in training and rollouts. ``hf`` on a model whose embedding has
+    more rows than the tokenizer has tokens (Qwen's) counts those rows in its softmax too.
 
     Args:
         scorer: log-probs of the policy.
@@ -92,7 +96,7 @@ class MegatronLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of each context up to the first of its stop strings; greedy unless ``do_sample``."""
+        """Continuations of each context up to the first of its stop strings; greedy without ``temperature``."""
         asked = [
             self._generation(number, context, options)
             for number, (context, options) in enumerate(request.args for request in requests)
@@ -124,14 +128,14 @@ class MegatronLM(TemplateLM):
         return [found[number] for number in range(len(pairs))]
 
     def _generation(self, number: int, context: str, options: Mapping[str, Any]) -> GenerationRequest:
-        length = int(options.get("max_gen_toks", options.get("max_new_tokens", _MAX_NEW_TOKENS)))
+        length = int(next((options[name] for name in _LENGTH_NAMES if options.get(name) is not None), _MAX_NEW_TOKENS))
         if length >= self._max_length:
             raise ConfigurationError(
                 f"a task asks for {length} new tokens, and sequences are at most {self._max_length} tokens long: "
                 "set max_gen_toks in the task."
             )
         prefix = self.tok_encode(context)[-(self._max_length - length) :] or [self.prefix_token_id]
-        temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
+        temperature = 0.0 if options.get("do_sample") is False else float(options.get("temperature") or 0.0)
         sampling = SamplingParameters(temperature, float(options.get("top_p") or 1.0), int(options.get("top_k") or 0))
         return GenerationRequest(number, _array(prefix), 1, length, SeedKey(0, 0), sampling=sampling)
 

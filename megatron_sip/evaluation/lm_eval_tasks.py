@@ -47,7 +47,7 @@ class TaskOptions:
 
 
 def run_tasks(model: Any, options: TaskOptions, model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Task -> what the harness measured.
+    """Task -> what the harness measured; nothing on a rank that is not the first of its node.
 
     Args:
         model: an ``LM`` of the harness, or the name of one of its own.
@@ -79,7 +79,8 @@ def run_tasks(model: Any, options: TaskOptions, model_args: Mapping[str, Any] | 
             task_manager=manager,
             log_samples=False,
         )
-        assert found is not None
+        if found is None:  # what the harness gives to all ranks of a node but the first
+            continue
         results.update({task: values for task, values in found["results"].items() if task in wanted})
     return results
 

@@ -32,6 +32,10 @@ def test_scores_equal_those_of_transformers_backend(tmp_path: Path, monkeypatch:
     ours, theirs = reports[0]["results"]["results"], scores_by_transformers(tmp_path, LENGTH)
     for task, metric in SCORES:
         assert ours[task][metric] == pytest.approx(theirs[task][metric], rel=1e-4), metric
+    assert ours["local_generating"]["exact_match,none"] == 0.5
+    # Of the model that was converted transformers' softmax has 6 rows more, which are no tokens.
+    padded = scores_by_transformers(tmp_path, LENGTH, "model")["local_rolling"]
+    assert padded["word_perplexity,none"] > 1.01 * ours["local_rolling"]["word_perplexity,none"]
     assert "local_choices" in reports[0]["printed"] and reports[1]["printed"] == ""
 
 

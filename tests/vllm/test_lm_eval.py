@@ -10,15 +10,12 @@ import pytest
 from tests.interop.lm_eval_local import SCORES, flags_of, scores_by_transformers, write_tasks_and_model
 from tests.ranks import run_ranks
 from tests.vllm.server import vllm_server
-from tools.export_policy import main as export
 from tools.run_lm_eval import main
 
 LENGTH = 256
 
 
-def test_scores_of_the_three_backends_agree(
-    vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_of_the_three_backends_agree(vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'megatron-sip[lm-eval]'")
     write_tasks_and_model(tmp_path, LENGTH)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/parent"))
@@ -28,7 +25,6 @@ def test_scores_of_the_three_backends_agree(
     assert report["status"] == 0
     ours, theirs = report["results"]["results"], scores_by_transformers(tmp_path, LENGTH)
 
-    assert export([str(tmp_path / "megatron"), str(tmp_path / "policy")]) == 0
     with vllm_server(vllm_python, tmp_path / "policy", tmp_path / "server.log", "--max-model-len", "256") as server:
         asked = flags_of(tmp_path, tmp_path / "served.json")
         asked += ["--endpoint", server.root, "--served-model-name", "tiny", "--tokenizer", str(tmp_path / "policy")]
