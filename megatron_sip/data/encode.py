@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,8 +17,6 @@ from megatron_sip.data.sources import Sources, coded, source_of
 from megatron_sip.errors import DataError
 from megatron_sip.tokenizer import Tokenizer
 from megatron_sip.tokenizer.base import joined
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -146,20 +140,3 @@ def _num_bytes(batch: LineBatch, rows: Sequence[_Row]) -> int:
     if batch.lines:
         return sum(map(len, batch.lines)) + len(batch.lines)
     return sum(len(text.encode()) for row in rows for text in row.texts)
-
-
-def enter_worker(parent: int) -> None:
-    """Tie this worker to its parent, and to one core.
-
-    A time limit or Ctrl-C signals all processes of a run. A worker that ended by it in the middle of its answer would
-    leave its parent waiting for the rest: the parent alone ends the run. A worker left behind by a killed parent would
-    write on beside a repeated run. Workers are counted to fit the cores: a library that starts threads of its own would
-    have them fight.
-    """
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, signal.SIG_IGN)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -8,15 +8,14 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
 
 from megatron_sip.data.docstrings import Deduplicator, docstring_groups, without_prompts
 from megatron_sip.data.splits import split_of
+from megatron_sip.data.workers import WorkerLost, WorkerPool
 from megatron_sip.errors import DataError
 
 STANDARD_LIBRARY = "stdlib"
@@ -31,6 +30,7 @@ _SKIPPED_FOLDERS = {"__pycache__", "tests", "test", "testing", "site-packages", 
 _SKIPPED_FOLDERS |= {"idlelib", "lib2to3", "turtledemo", "node_modules", "ensurepip", "third_party"}
 _TEXT_SUFFIXES = (".txt", ".rst", ".md")
 _PIECE_CHARS = 20_000
+_FILES_PER_TASK = 64
 
 
 @dataclass
@@ -98,6 +98,10 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in sorted(files) if name.endswith(".py"))
 
 
+def _start_reader(keep_prompts: bool) -> Callable[[Sequence[_Source]], list[list[str] | str]]:
+    return lambda sources: [_read_source(source, keep_prompts) for source in sources]
+
+
 def _read_source(source: _Source, keep_prompts: bool) -> list[str] | str:
     """Texts of a file, or why it cannot be read."""
     try:
@@ -160,9 +164,13 @@ def gather(
     output_dir.mkdir(parents=True, exist_ok=True)  # first: gathering takes a while
     sources = find_sources(packages)
     report = GatherReport()
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        texts = pool.map(partial(_read_source, keep_prompts=keep_prompts), sources, chunksize=64)
-        pieces = list(_pieces(sources, texts, report))
+    tasks = (sources[start : start + _FILES_PER_TASK] for start in range(0, len(sources), _FILES_PER_TASK))
+    pool: WorkerPool[Sequence[_Source], list[list[str] | str]]
+    try:
+        with WorkerPool(workers or len(os.sched_getaffinity(0)), _start_reader, keep_prompts) as pool:
+            pieces = list(_pieces(sources, chain.from_iterable(pool.map(tasks)), report))
+    except WorkerLost as lost:
+        raise DataError(f"{lost}; nothing was written: run again") from None
     for folder in text_dirs:
         pieces += _text_files(folder)
     dedupe = Deduplicator()

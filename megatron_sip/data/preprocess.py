@@ -7,27 +7,20 @@ the bytes of their tokens. The result does not depend on the number of workers. 
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 
-from megatron_sip.data.encode import EncodedBatch, LineEncoder, enter_worker
+from megatron_sip.data.encode import EncodedBatch, LineEncoder
 from megatron_sip.data.filters import FilterConfig
 from megatron_sip.data.indexed import CorpusMeta, IndexedWriter
 from megatron_sip.data.jsonl import LineBatch
 from megatron_sip.data.progress import PreprocessReport, Progress
 from megatron_sip.data.readers import ReadConfig, expand_inputs, read_batches
+from megatron_sip.data.workers import WorkerLost, WorkerPool
 from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-
-_BATCHES_AHEAD = 3
-"""Batches in flight per worker: enough to keep it busy, few enough to keep memory flat."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +73,9 @@ class PreprocessConfig:
         return replace(self.read, columns=(*self.json_keys, *fields, *source))
 
 
-_worker_encoder: LineEncoder | None = None
-
-
-def _start_worker(config: PreprocessConfig, parent: int) -> None:
-    # The one global: a pool can hand its workers nothing else that lives as long as they do.
-    global _worker_encoder
-    enter_worker(parent)
-    _worker_encoder = config.encoder(build_tokenizer(config.tokenizer))
-
-
-def _encode_in_worker(batch: LineBatch) -> EncodedBatch:
-    assert _worker_encoder is not None
-    return _worker_encoder(batch)
+def start_encoder(config: PreprocessConfig) -> LineEncoder:
+    """What a worker answers batches of lines with."""
+    return config.encoder(build_tokenizer(config.tokenizer))
 
 
 def _encoded_batches(config: PreprocessConfig, tokenizer: Tokenizer, paths: Sequence[Path]) -> Iterator[EncodedBatch]:
@@ -101,22 +84,14 @@ def _encoded_batches(config: PreprocessConfig, tokenizer: Tokenizer, paths: Sequ
     if config.workers == 1:
         yield from map(config.encoder(tokenizer), batches)
         return
-    waiting: deque[Future[EncodedBatch]] = deque()
-    pool = ProcessPoolExecutor(config.workers, get_context("spawn"), _start_worker, (config, os.getpid()))
     try:
-        for batch in batches:
-            waiting.append(pool.submit(_encode_in_worker, batch))
-            if len(waiting) > config.workers * _BATCHES_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
+        pool: WorkerPool[LineBatch, EncodedBatch]
+        with WorkerPool(config.workers, start_encoder, config) as pool:
+            yield from pool.map(batches)
+    except WorkerLost as lost:
         raise DataError(
-            f"a worker process died (killed, or out of memory with --workers {config.workers}); nothing was written: "
-            "run again, with fewer workers if memory is short"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+            f"{lost}; nothing was written: run again, with fewer than --workers {config.workers} if memory is short"
+        ) from None
 
 
 def preprocess(config: PreprocessConfig, log: Callable[[str], None] = print) -> PreprocessReport:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
+from ctypes import Array, c_longlong
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_sip.data.encode import LineEncoder, enter_worker
 from megatron_sip.data.indexed import CorpusMeta, IndexedWriter, open_indexed, read_meta
 from megatron_sip.data.preprocess import PreprocessConfig, nothing_found
 from megatron_sip.data.progress import PreprocessReport, Progress
@@ -21,6 +19,7 @@ from megatron_sip.data.shards import (
     NUM_COUNTERS,
     Shard,
     ShardPlan,
+    discard_partials,
     is_done,
     make_plan,
     shard_report,
@@ -28,6 +27,7 @@ from megatron_sip.data.shards import (
     write_shard,
 )
 from megatron_sip.data.sources import Sources, read_sources
+from megatron_sip.data.workers import WorkerLost, WorkerPool
 from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 
@@ -67,29 +67,22 @@ class ShardedResult:
     """Counts of this node's shards, also of those that were done before."""
 
 
-@dataclass(frozen=True)
-class _Worker:
-    config: PreprocessConfig
-    plan: ShardPlan
-    tokenizer: Tokenizer
-    encoder: LineEncoder
-    counters: SynchronizedArray[int]
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(config: PreprocessConfig, plan: ShardPlan, counters: SynchronizedArray[int], parent: int) -> None:
-    # The one global: a pool can hand its workers nothing else that lives as long as they do.
-    global _worker
-    enter_worker(parent)
+def _start_worker(
+    config: PreprocessConfig, plan: ShardPlan, memory: Array[c_longlong]
+) -> Callable[[tuple[int, Shard]], None]:
     tokenizer = build_tokenizer(config.tokenizer)
-    _worker = _Worker(config, plan, tokenizer, config.encoder(tokenizer), counters)
+    encoder, counters = config.encoder(tokenizer), _counters(memory)
+
+    def write(task: tuple[int, Shard]) -> None:
+        number, shard = task
+        write_shard(config, plan, shard, encoder, tokenizer, counters[number])
+
+    return write
 
 
-def _write_in_worker(shard: Shard) -> None:
-    assert _worker is not None
-    write_shard(_worker.config, _worker.plan, shard, _worker.encoder, _worker.tokenizer, _worker.counters)
+def _counters(memory: Array[c_longlong]) -> NDArray[np.int64]:
+    """A row per shard, [shards, NUM_COUNTERS], which only the shard's worker writes: a killed one leaves no lock."""
+    return np.frombuffer(memoryview(memory), np.int64).reshape(-1, NUM_COUNTERS)
 
 
 def preprocess_shards(
@@ -138,50 +131,52 @@ def preprocess_shards(
 
 def _run_here(config: PreprocessConfig, plan: ShardPlan, shards: Sequence[Shard], progress: Progress) -> list[str]:
     """``_run`` in this process."""
-    counters = get_context("spawn").Array("q", NUM_COUNTERS)
+    counters = np.zeros((len(shards), NUM_COUNTERS), np.int64)
     tokenizer = build_tokenizer(config.tokenizer)
     encoder = config.encoder(tokenizer)
     failures: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, shard in enumerate(shards):
         try:
-            write_shard(config, plan, shard, encoder, tokenizer, counters)
+            write_shard(config, plan, shard, encoder, tokenizer, counters[number])
         except DataError as error:
             failures[shard.name] = str(error)
-        _show(progress, counters, f"{number}/{len(shards)} shards, ")
+        _show(progress, counters, f"{number + 1}/{len(shards)} shards, ")
     return [failures[name] for name in sorted(failures)]
 
 
 def _run(config: PreprocessConfig, plan: ShardPlan, shards: Sequence[Shard], progress: Progress) -> list[str]:
     """Write shards in parallel; return why some failed, in the order of the plan."""
-    context = get_context("spawn")
-    counters = context.Array("q", NUM_COUNTERS)
+    memory = get_context("spawn").RawArray(c_longlong, len(shards) * NUM_COUNTERS)
+    counters = _counters(memory)
     workers = min(config.workers, len(shards))
     failures: dict[str, str] = {}
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (config, plan, counters, os.getpid()))
     try:
-        waiting: dict[Future[None], Shard] = {pool.submit(_write_in_worker, shard): shard for shard in shards}
-        num_shards = len(waiting)
-        while waiting:
-            finished, _ = wait(waiting, _POLL_S, FIRST_COMPLETED)
-            for future in finished:
-                shard = waiting.pop(future)
-                try:
-                    future.result()
-                except DataError as error:
-                    failures[shard.name] = str(error)
-            _show(progress, counters, f"{num_shards - len(waiting)}/{num_shards} shards, ")
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a worker process died (killed, or out of memory with --workers {workers}); finished shards are kept: "
-            "repeat the command, with fewer workers if memory is short"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        pool: WorkerPool[tuple[int, Shard], None]
+        with WorkerPool(workers, _start_worker, config, plan, memory) as pool:
+            waiting = {pool.submit((number, shard)): shard for number, shard in enumerate(shards)}
+            while waiting:
+                finished, _ = wait(waiting, _POLL_S, FIRST_COMPLETED)
+                for future in finished:
+                    shard = waiting.pop(future)
+                    try:
+                        future.result()
+                    except DataError as error:
+                        failures[shard.name] = str(error)
+                _show(progress, counters, f"{len(shards) - len(waiting)}/{len(shards)} shards, ")
+    except BaseException as error:
+        for shard in shards:  # workers were killed
+            discard_partials(plan, shard)
+        if isinstance(error, WorkerLost):
+            raise DataError(
+                f"{error}; finished shards are kept: repeat the command, with fewer than --workers {config.workers} "
+                "if memory is short"
+            ) from None
+        raise
     return [failures[name] for name in sorted(failures)]
 
 
-def _show(progress: Progress, counters: SynchronizedArray[int], what: str) -> None:
-    lines, documents, errors, text_bytes, tokens, bytes_read = counters[:]
+def _show(progress: Progress, counters: NDArray[np.int64], what: str) -> None:
+    lines, documents, errors, text_bytes, tokens, bytes_read = counters.sum(axis=0).tolist()
     report = PreprocessReport(num_lines=lines, num_documents=documents, num_errors=errors, num_text_bytes=text_bytes)
     progress.show(report, tokens, bytes_read, what)
 

@@ -17,11 +17,13 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sip.data.encode import EncodedBatch, LineEncoder
 from megatron_sip.data.indexed import IndexedWriter, cannot_write
@@ -32,7 +34,7 @@ from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer import Tokenizer
 
 NUM_COUNTERS = 6
-"""Shared by the workers for the progress line: lines, documents, errors, bytes of text, tokens, bytes read."""
+"""Of a shard, for the progress line: lines, documents, errors, bytes of text, tokens, bytes read."""
 _LOCK_WAIT_S = 30.0
 _SUFFIXES = (".bin", ".idx", ".meta.json", ".sources")
 
@@ -167,10 +169,10 @@ def checksum(path: Path) -> str:
 
 
 @contextmanager
-def _locked(plan: ShardPlan, shard: Shard) -> Iterator[None]:
+def _locked(plan: ShardPlan, shard: Shard, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
     """Hold a shard against other processes; the lock ends with its process, however that ends."""
     path = plan.folder / f"{shard.name}.lock"
-    deadline = time.monotonic() + _LOCK_WAIT_S
+    deadline = time.monotonic() + wait_s
     with open(path, "ab") as stream:
         while True:
             try:
@@ -179,12 +181,20 @@ def _locked(plan: ShardPlan, shard: Shard) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise DataError(
-                        f"{path}: another process has been writing this shard for {_LOCK_WAIT_S:.0f} s; give every "
+                        f"{path}: another process has been writing this shard for {wait_s:.0f} s; give every "
                         "node its own --shard-index, or end that process"
                     ) from None
                 time.sleep(0.2)
         yield
         path.unlink(missing_ok=True)
+
+
+def discard_partials(plan: ShardPlan, shard: Shard) -> None:
+    """Remove what a killed worker left of a shard, unless another process is writing it."""
+    if (plan.folder / f"{shard.name}.lock").exists():
+        with suppress(DataError), _locked(plan, shard, wait_s=0):
+            for partial in plan.folder.glob(f"{shard.name}[_.]*.partial"):
+                partial.unlink()
 
 
 def write_shard(
@@ -193,7 +203,7 @@ def write_shard(
     shard: Shard,
     encoder: LineEncoder,
     tokenizer: Tokenizer,
-    counters: SynchronizedArray[int] | None = None,
+    counters: NDArray[np.int64] | None = None,
 ) -> None:
     """Tokenize one input file into its shard. Raises ``DataError`` with file and line."""
     with _locked(plan, shard):
@@ -225,12 +235,10 @@ def write_shard(
         write_json(plan.done_path(shard), _note(plan, shard, report))
 
 
-def _advance(counters: SynchronizedArray[int], batch: EncodedBatch, num_bytes_read: int) -> None:
+def _advance(counters: NDArray[np.int64], batch: EncodedBatch, num_bytes_read: int) -> None:
     num_tokens = sum(int(column.lengths.sum()) for column in batch.columns)
     steps = (batch.num_lines, batch.num_documents, len(batch.errors), batch.num_text_bytes, num_tokens, num_bytes_read)
-    with counters.get_lock():
-        for index, step in enumerate(steps):
-            counters[index] += step
+    counters += steps
 
 
 def _note(plan: ShardPlan, shard: Shard, report: PreprocessReport) -> dict[str, Any]:
