@@ -302,7 +302,9 @@ class CheckpointManager:
                 )
             return directory, True
         if config.load is not None and self._context.rank == 0:
-            logger.warning("--load %s holds no checkpoint: the run starts afresh", config.load)
+            # A run that resumes from its own checkpoints has none at first; any other --load was meant to hold one.
+            level = logging.INFO if config.load == config.save else logging.WARNING
+            logger.log(level, "--load %s holds no checkpoint: the run starts afresh", config.load)
         return None, False
 
     def _gather(self, value: Any) -> list[Any]:

@@ -23,13 +23,16 @@ BASE = "base"
 """Key of a recipe that names another one, relative to it, whose values hold where it says nothing."""
 
 
+DERIVED = "from other options"
+
+
 @dataclass(frozen=True)
 class Loaded(Generic[Root]):
     """A config and where its values came from."""
 
     config: Root
     sources: Mapping[str, str]
-    """Option name -> "flag" or the recipe's name; an option that is not in it has its default."""
+    """Option name -> "flag", the recipe's name or DERIVED; an option that is not in it has its default."""
     print_config: bool = False
 
 
@@ -71,7 +74,11 @@ def load_with_sources(
         option = schema.options[name]
         values[name] = _convert(words, option, option.flag, textual=True)
         sources[name] = "flag"
-    return Loaded(_finish(root, values), sources, line.print_config)
+    config, plain = _finish(root, values), to_options(build(root, values))
+    for name, value in to_options(config).items():
+        if name not in values and value != plain[name]:
+            sources[name] = DERIVED
+    return Loaded(config, sources, line.print_config)
 
 
 def from_mapping(root: type[Root], mapping: Mapping[str, Any], source: str = "config") -> Root:
@@ -131,8 +138,20 @@ def validate(config: Any) -> None:
         config.validate()
 
 
+def to_options(config: Any) -> dict[str, Any]:
+    """Option name -> value, of all sections."""
+    return {
+        option.name: getattr(config if section.name == GENERAL else getattr(config, section.name), option.name)
+        for section in read_schema(type(config)).sections
+        for option in section.options
+    }
+
+
 def to_yaml(config: Any, sources: Mapping[str, str] | None = None) -> str:
-    """``config`` as a recipe that gives it back; a comment names the source of what is not a default."""
+    """``config`` as a recipe that gives it back; a comment names the source of what is not a default.
+
+    What was derived from other options stands in comments: set, it would no longer follow them.
+    """
     schema = read_schema(type(config))
     lines: list[str] = []
     for section in schema.sections:
@@ -143,6 +162,8 @@ def to_yaml(config: Any, sources: Mapping[str, str] | None = None) -> str:
         for option in section.options:
             entry = dump_entry(option.name, to_plain(getattr(holder, option.name)))
             source = (sources or {}).get(option.name)
+            if source == DERIVED:
+                entry = "\n".join(f"# {line}" for line in entry.split("\n"))
             first, *rest = entry.split("\n")
             lines.append(f"{indent}{first}" + (f"  # {source}" if source else ""))
             lines += [f"{indent}{line}" for line in rest]

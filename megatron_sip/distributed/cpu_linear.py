@@ -23,7 +23,10 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     views. Not differentiable where it takes oneDNN: for use inside autograd functions and without gradients."""
     on_cpu = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
     if _HAS_ONEDNN and on_cpu and inputs.numel() and weight.numel():  # it refuses empty ones
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        rows = torch.ops.mkldnn._linear_pointwise(inputs.flatten(0, -2), weight, bias, "none", [], "")
+        # The operator itself gives a view for more than two dimensions, and what an autograd function returns as a view
+        # may not be changed in place, as Megatron-Core's cross-entropy changes its logits.
+        result: torch.Tensor = torch.ops.aten._unsafe_view(rows, (*inputs.shape[:-1], weight.shape[0]))
         return result
     return F.linear(inputs, weight, bias)
 

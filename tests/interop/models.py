@@ -52,7 +52,7 @@ def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **si
     elif kind == "qwen2":
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, tie_word_embeddings=True))
     else:
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, head_dim=16))
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{"head_dim": 16, **common}))
     with torch.no_grad():  # norms of 1 and biases of 0 would hide one that is missing or in the wrong place
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -128,7 +128,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
         if payload.get("recorded"):
             trainer._queue._preparer.rollouts = RecordedRollouts()
         trainer.load()
-        with largest_file(payload["largest_file"]) if payload["largest_file"] else nullcontext():
+        with largest_file(payload["largest_file"]) if payload.get("largest_file") else nullcontext():
             end = trainer.run()
         norm = trainer._engine.parameter_norm()
         weights = {
