@@ -82,6 +82,20 @@ def test_the_printed_configuration_gives_itself_back() -> None:
     assert train_config_from(parse_yaml(to_yaml(first), "printed")) == first
 
 
+def test_folders_that_follow_the_run_dir_follow_it_in_a_printed_configuration_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(Path(__file__).parents[2] / "examples" / "recipes" / "quickstart.yaml")
+    with pytest.raises(SystemExit):
+        load_train_config(["--config", recipe, "--run-dir", "a", "--print-config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_train_config(["--config", str(printed)]).checkpoint.save == "a/checkpoints"
+    moved = load_train_config(["--config", str(printed), "--run-dir", "b"])
+    assert (moved.checkpoint.save, moved.checkpoint.load) == ("b/checkpoints", "b/checkpoints")
+    assert moved.observability.tensorboard_dir == "b/tensorboard"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -1,0 +1,27 @@
+"""Linear layers on CPU: products, gradients, and outputs that may be changed in place, as Megatron-Core does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_sip.distributed.cpu_linear import linear_for_megatron
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 3, 5, 8)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_may_be_changed_in_place_and_have_the_gradients_of_torch(
+    shape: tuple[int, ...], with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(size, generator=generator) for size in (shape, (7, 8), (7,))]
+    ours, theirs = ([t.clone().requires_grad_() for t in given] for _ in range(2))
+    bias = ours[2] if with_bias else None
+    output = linear_for_megatron(ours[0], ours[1], bias, False, False, False)
+    output.mul_(2.0)
+    expected = 2 * torch.nn.functional.linear(theirs[0], theirs[1], theirs[2] if with_bias else None)
+    torch.testing.assert_close(output, expected)
+    (output**2).sum().backward()
+    (expected**2).sum().backward()
+    for our, their in zip(ours[: 2 + with_bias], theirs, strict=False):
+        torch.testing.assert_close(our.grad, their.grad)
