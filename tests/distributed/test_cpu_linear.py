@@ -24,4 +24,5 @@ def test_products_may_be_changed_in_place_and_have_the_gradients_of_torch(
     (output**2).sum().backward()
     (expected**2).sum().backward()
     for our, their in zip(ours[: 2 + with_bias], theirs, strict=False):
-        torch.testing.assert_close(our.grad, their.grad)
+        # Sums of up to 30 products of about 10, in another order: float32 rounds them at 1e-5.
+        torch.testing.assert_close(our.grad, their.grad, rtol=1e-5, atol=1e-4)
