@@ -172,7 +172,13 @@ def start_tool(folder: Path, limit_blocks: int | None = None, workers: int = 1) 
     if limit_blocks is not None:
         command = ["bash", "-c", f'ulimit -f {limit_blocks}; exec "$@"', "bash", *command]
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        # A suite that a shell has put into the background inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
