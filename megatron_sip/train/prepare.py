@@ -172,7 +172,7 @@ class Preparer:
         return self._loader.take(stream, count, self._context.dp_rank, self._context.dp_size)
 
     def _generate(self, step: int, samples: Sequence[Sample]) -> list[list[Candidate]]:
-        if not samples or not self._pool.num_rollouts:
+        if not self._pool.num_rollouts:
             return [[] for _ in samples]
         requests = [
             GenerationRequest(
