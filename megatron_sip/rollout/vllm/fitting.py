@@ -39,7 +39,7 @@ async def check_server(url: str, session: aiohttp.ClientSession, needs: Needs) -
         for token in (needs.vocab_size - 1, needs.vocab_size):
             body = {"token_ids": [token], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
             status, _ = await send(session, url, "POST", GENERATE, body)
-            if status == 404:
+            if status in (403, 404):  # vLLM 0.32 forbids it without --enable-scale-out, others do not know it
                 raise RolloutError(f"rollout server {url} has no {GENERATE}: {START}")
             rows.append(status == 200)
     except Unreachable as error:
