@@ -156,6 +156,12 @@ def test_failures_are_one_clear_line_on_every_rank(
     assert "RolloutError" in str(raised.value)
 
 
+def test_a_server_without_scale_out_forbids_what_is_needed_and_is_refused(server: PlayedServer, tmp_path: Path) -> None:
+    server.script["/inference/v1/generate"] = [403]
+    [report] = play(server, tmp_path, ["refused"])
+    assert "has no /inference/v1/generate: start it as tools/export_policy.py" in report["problems"][0]
+
+
 def test_servers_that_do_not_fit_are_refused_before_the_first_rollout(server: PlayedServer, tmp_path: Path) -> None:
     server.vocab = VOCAB + 3
     [report] = play(server, tmp_path, ["refused"])

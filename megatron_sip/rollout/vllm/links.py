@@ -119,10 +119,23 @@ class NcclLink:
     def invite(self, url: str, world_size: int) -> Invitation:
         library = NcclLibrary()
         unique_id = library.new_id()
-        info = {"nccl_unique_id_b64": base64.b64encode(unique_id).decode(), "rank_offset": 1, "world_size": world_size}
-        info |= {"packed": True, "packed_buffer_size_bytes": CHUNK_BYTES, "packed_num_buffers": 2}
         limit = min(_JOIN_S, self._timeout_s)
-        return Invitation(info, lambda: NcclGroup(library, unique_id, world_size, self.device, limit))
+        return Invitation(
+            nccl_init_info(unique_id, world_size),
+            lambda: NcclGroup(library, unique_id, world_size, self.device, limit),
+        )
+
+
+def nccl_init_info(unique_id: bytes, world_size: int) -> dict[str, Any]:
+    """Fields of vLLM's ``NCCLWeightTransferInitInfo``."""
+    return {
+        "nccl_unique_id_b64": base64.b64encode(unique_id).decode(),
+        "rank_offset": 1,
+        "world_size": world_size,
+        "packed": True,
+        "packed_buffer_size_bytes": CHUNK_BYTES,
+        "packed_num_buffers": 2,
+    }
 
 
 def link_of(transfer: str, device: torch.device, timeout_s: float) -> Link:
