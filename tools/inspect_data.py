@@ -15,9 +15,9 @@ from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
 from megatron_sip.data.card import card_svg, card_text, corpus_cards
 from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
 from megatron_sip.errors import SIPError
-from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-from megatron_sip.tokenizer.config import TOKENIZER_TYPES
+from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from tools._help import HelpFormatter
+from tools._tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,12 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min-suffix-length", type=int, help="accept this at a document's end [--suffix-length]")
     parser.add_argument("--sample-cut", choices=SAMPLE_CUTS, default=defaults.sample_cut, help="as in training")
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
-    group.add_argument("--tokenizer-model", help="model file, or name or folder of a Hugging Face tokenizer")
-    group.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
-    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2")
-    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
-    group.add_argument("--tiktoken-special-tokens", nargs="+")
+    add_tokenizer_flags(group)
     parser.add_argument("--num-samples", type=int, default=3, help="samples to decode")
     parser.add_argument("--seed", type=int, default=0, help="which samples")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths and sources")
@@ -68,16 +63,7 @@ def main() -> None:
     )
     try:
         config.validate()
-        tokenizer = build_tokenizer(
-            TokenizerConfig(
-                tokenizer_type=options.tokenizer_type,
-                tokenizer_model=options.tokenizer_model,
-                vocab_size=options.vocab_size,
-                tiktoken_pattern=options.tiktoken_pattern,
-                tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
-                tiktoken_special_tokens=tuple(options.tiktoken_special_tokens or ()) or None,
-            )
-        )
+        tokenizer = build_tokenizer(tokenizer_config(options))
         corpora = open_corpora(options.data_path, tokenizer)
         cards = corpus_cards(corpora, parse_blend(options.data_path)[1], config)
         for card in cards:

@@ -54,6 +54,8 @@ class CorpusMeta:
     num_skipped: int = 0
     """Input lines that were left out for an error, counted so that none is lost in silence."""
     num_empty: int = 0
+    tokenizer_engine: str = ""
+    """Library that tokenized, and its version; several where shards were made by several."""
     format_version: int = _FORMAT_VERSION
 
 
