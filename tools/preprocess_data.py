@@ -22,8 +22,8 @@ from megatron_sip.data.preprocess import PreprocessConfig, preprocess
 from megatron_sip.data.progress import PreprocessReport
 from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig
 from megatron_sip.data.sharded import NodePart, merge_shards, preprocess_shards
-from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer.config import ENGINES
+from tools._exit import one_line
 from tools._help import HelpFormatter
 from tools._tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
@@ -253,10 +253,8 @@ def main() -> None:
     """Tokenize, and say where every line went."""
     signal.signal(signal.SIGTERM, _stop)
     options = parse_arguments()
-    try:
+    with one_line("preprocess_data"):
         run(options)
-    except (SIPError, OSError) as error:
-        sys.exit(f"preprocess_data: {error}")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,16 @@ def cannot_write(path: Path, error: OSError) -> DataError:
     )
 
 
+def make_folder(path: Path) -> None:
+    """A folder to write to. Raises ``DataError`` if it cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    if not os.access(path, os.W_OK):
+        raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 class IndexedWriter:
     """Writes a corpus under temporary names and gives it its own at ``close``: a corpus is whole or is not there.
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from megatron_sip.data.indexed import cannot_write, make_folder
 from megatron_sip.errors import DataError
 from megatron_sip.teacher.interfaces import JudgeGroup, JudgeRequest, JudgeResult, Passage, Teacher
 from megatron_sip.types import Sample
@@ -49,11 +50,14 @@ class Journal:
         self.path = path
         self.verdicts: dict[int, PrefixVerdict] = {}
         head = orjson.dumps({"question": question}, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SORT_KEYS)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         data = path.read_bytes() if path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]  # what a killed run did not finish is cut off
         if not whole:
-            path.write_bytes(head)
+            try:
+                path.write_bytes(head)
+            except OSError as error:
+                raise cannot_write(path, error) from None
             return
         if len(whole) < len(data):
             with path.open("r+b") as file:
@@ -70,8 +74,11 @@ class Journal:
 
     def add(self, verdicts: Sequence[PrefixVerdict]) -> None:
         self.verdicts |= {verdict.sample: verdict for verdict in verdicts}
-        with self.path.open("ab") as file:
-            file.write(b"".join(orjson.dumps(v, option=orjson.OPT_APPEND_NEWLINE) for v in verdicts))
+        try:
+            with self.path.open("ab") as file:
+                file.write(b"".join(orjson.dumps(v, option=orjson.OPT_APPEND_NEWLINE) for v in verdicts))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
 
     def is_done(self, sample: int) -> bool:
         """Whether a prefix has all its votes."""
