@@ -14,7 +14,7 @@ import numpy as np
 from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
 from megatron_sip.data.card import card_svg, card_text, corpus_cards
 from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
-from megatron_sip.data.indexed import cannot_write, make_folder
+from megatron_sip.data.indexed import make_folder, write_text
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from tools._exit import one_line
@@ -75,10 +75,7 @@ def main() -> None:
         for card in cards:
             print(card_text(card, config))
         if options.plot is not None:
-            try:
-                options.plot.write_text(card_svg(cards), encoding="utf-8")
-            except OSError as error:
-                raise cannot_write(options.plot, error) from None
+            write_text(options.plot, card_svg(cards))
         if options.num_samples:
             show_samples(options, config, tokenizer)
 

@@ -253,6 +253,7 @@ def main() -> None:
     """Tokenize, and say where every line went."""
     signal.signal(signal.SIGTERM, _stop)
     options = parse_arguments()
+    sys.path.append(str(Path.cwd()))  # where a user's --predicate lies
     with one_line("preprocess_data"):
         run(options)
 

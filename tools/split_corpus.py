@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.data.indexed import make_folder
+from megatron_sip.data.indexed import make_folder, write_text
 from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig, expand_inputs, read_file
 from megatron_sip.data.records import BrokenLine, Record, parse_batch
 from megatron_sip.data.splits import OverlapReport, document_key, parse_shares, search_overlap, split_of
@@ -128,7 +128,7 @@ def main() -> None:
         show(report, options)
         if options.write_exclusions is not None:
             for name, hashes in report.exclusions.items():
-                (options.write_exclusions / f"{name}.txt").write_text("".join(f"{text}\n" for text in hashes))
+                write_text(options.write_exclusions / f"{name}.txt", "".join(f"{text}\n" for text in hashes))
                 print(f"leave {len(hashes):,} out of {name}: --exclude {options.write_exclusions / name}.txt")
     if report.overlapping:
         sys.exit(1)

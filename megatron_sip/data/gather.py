@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_sip.data.docstrings import Deduplicator, docstring_groups, without_prompts
-from megatron_sip.data.indexed import cannot_write, make_folder
+from megatron_sip.data.indexed import make_folder, write_text
 from megatron_sip.data.splits import split_of
 from megatron_sip.data.workers import WorkerLost, WorkerPool
 from megatron_sip.errors import ConfigurationError, DataError
@@ -236,16 +236,6 @@ def _write(output_dir: Path, documents: Sequence[_Piece], shares: Mapping[str, f
                 f"split {split!r} got no document of {len(documents)}{absent}; gather more text or raise its share"
             )
     for split, rows in lines.items():
-        _replace(output_dir / f"{split}.jsonl", "".join(line + "\n" for _, line in sorted(rows)))
+        write_text(output_dir / f"{split}.jsonl", "".join(line + "\n" for _, line in sorted(rows)))
     listing = {name: vars(count) for name, count in sorted(report.sources.items())}
-    _replace(output_dir / "sources.json", json.dumps(listing, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        partial_path.write_text(text, encoding="utf-8")
-        os.replace(partial_path, path)
-    except OSError as error:
-        partial_path.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+    write_text(output_dir / "sources.json", json.dumps(listing, indent=1) + "\n")

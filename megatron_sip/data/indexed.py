@@ -98,6 +98,18 @@ def make_folder(path: Path) -> None:
         raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises ``DataError``."""
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
 class IndexedWriter:
     """Writes a corpus under temporary names and gives it its own at ``close``: a corpus is whole or is not there.
 

@@ -18,7 +18,8 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer of a run. Raises ``ConfigurationError`` or ``DataError``."""
     config.validate()
     library = _library(config)
-    if config.tokenizer_engine == "library":
+    can_be_faster = isinstance(library, TikTokenizer | HuggingFaceTokenizer)
+    if config.tokenizer_engine == "library" or (config.tokenizer_engine == "auto" and not can_be_faster):
         return library
     try:
         return _fast(library, config)
