@@ -6,14 +6,16 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 from megatron_sip.teacher.http.config import HttpOptions
 
 _TIMEOUT_S = 3.0
+_PATIENCE_S = 4.0
 _MOST_BYTES = 1 << 20
 
 
@@ -24,11 +26,20 @@ def complaints(options: HttpOptions, roles: Mapping[str, int], api_key: str) -> 
         settings = options.role_settings(role, votes)
         for url in settings.endpoints:
             models.setdefault(url.rstrip("/"), set()).add(settings.model)
-    if not models:
-        return []
-    with ThreadPoolExecutor(len(models)) as pool:
-        found = pool.map(lambda url: _complaint(url, models[url], api_key, options.judge_api_key_env), models)
-        return [f"judge endpoint {url} {text}" for url, text in zip(models, found, strict=True) if text]
+    late = f"has not listed its models within {_PATIENCE_S:g} s: look at its log; the run asks on"
+    found = dict.fromkeys(models, late)
+
+    def greet(url: str) -> None:
+        found[url] = _complaint(url, models[url], api_key, options.judge_api_key_env)
+
+    # Time-outs of sockets do not bound an answer that trickles: who is late is left behind, with its thread.
+    threads = [threading.Thread(target=greet, args=(url,), daemon=True) for url in models]
+    end = time.monotonic() + _PATIENCE_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return [f"judge endpoint {url} {text}" for url, text in found.items() if text]
 
 
 def _complaint(url: str, models: set[str], api_key: str, key_name: str) -> str:

@@ -338,3 +338,6 @@ def test_what_is_wrong_with_an_endpoint_is_said_before_training():
         server.models_status = 0
         (page,) = complaints(good, {"quality": 1}, "")
         assert "something else than a list of models" in page
+        server.models_status, started = -1, time.monotonic()
+        (late,) = complaints(good, {"quality": 1}, "")
+        assert "has not listed its models" in late and time.monotonic() - started < 8.0
