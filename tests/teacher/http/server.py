@@ -43,7 +43,7 @@ class FaultServer:
     seen: list[Seen] = field(default_factory=list)
     max_open: int = 0
     models_status: int = 200
-    """Of the list of models, which is ["m"]; 0 for a page in its place, -1 for blanks without end."""
+    """Of the list of models, which is ["m"]; 0 for a page in its place, -1 for six seconds of blanks."""
     most_sent: int = 0
     """Bytes of the longest answer without end, as far as it was taken."""
     connections: set[int] = field(default_factory=set)
@@ -104,7 +104,7 @@ class FaultServer:
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         if self.models_status < 0:
-            return await self._respond(request, "trickle 600", {})
+            return await self._respond(request, "trickle 6", {})
         if not self.models_status:
             return web.Response(text="<html>it works</html>", content_type="text/html")
         return web.json_response({"object": "list", "data": [{"id": "m"}]}, status=self.models_status)
