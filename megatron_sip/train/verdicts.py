@@ -133,7 +133,7 @@ class VerdictDesk:
     def _example(self, own: str) -> str:
         """A failure of one of the replicas. Collective."""
         found = next((text for text in self._context.gather_over_data_parallel(own) if text), "")
-        return f"; for example {found}" if found else ""
+        return f"; for example {found.rstrip('.')}" if found else ""
 
     def _wait(self, ticket: int, pause: _Pause) -> float:
         """Seconds; verdicts that are later than their time-out are the beginning of a pause."""
