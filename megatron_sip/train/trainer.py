@@ -201,15 +201,18 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of the run but weights and optimizer; equal on all ranks, nothing of the layout."""
-        # First: it waits for the answers on which a judge's running statistics rest, and these are then in the queue's.
-        teacher = self._teacher.state_dict()
+        # The answers on which a judge's running statistics rest are then in the queue's state, and all that a ledger
+        # holds of answers there lies before the position that the teacher's state names.
+        self._teacher.settle()
+        queue = self._queue.state_dict()
         return {
             "step": self._step,
             "tokens": self._tokens,
             "trigger": self._trigger.state_dict(),
-            **self._queue.state_dict(),
+            **queue,
             "engine": self._engine.common_state(),
-            "teacher": teacher,
+            "teacher": self._teacher.state_dict(),
+            "verdicts": self._runner.verdicts.state_dict(),
             "alarms": self._record.state_dict(),
         }
 
@@ -219,7 +222,9 @@ class Trainer:
         self._tokens = int(state["tokens"])
         self._trigger = TriggerState.from_state_dict(state["trigger"])
         self._engine.load_common_state(state["engine"])
-        self._teacher.load_state_dict(state["teacher"])
+        self._teacher.load_state_dict(state["teacher"], self._queue.asked_again(state))
+        # Checkpoints of earlier versions have none.
+        self._runner.verdicts.load_state_dict(state.get("verdicts", {}))
         self._queue.load_state_dict(state)
         self._record.load_state_dict(state["alarms"])
 
