@@ -11,6 +11,7 @@ from megatron_sip.errors import ConfigurationError
 from megatron_sip.teacher.schedule_search import MAX_ROUNDS
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.dry_run import DryRun, PhaseFigures, examine
+from megatron_sip.train.plan.costs import Work
 from megatron_sip.train.plan.hardware import Hardware, JudgeServer
 from megatron_sip.train.plan.judging import (
     JudgeLoad,
@@ -23,10 +24,10 @@ from megatron_sip.train.plan.judging import (
     pool_time,
 )
 from megatron_sip.train.plan.lengths import PrefixLengths, prefix_lengths
-from megatron_sip.train.plan.parts import Part, PartList
+from megatron_sip.train.plan.parts import DECODE, PREFILL, Part, PartList
 from megatron_sip.train.plan.speed import Machine
 
-JUDGE = "judge"
+JUDGE, REWRITES = "judge's servers", "wait for rewrites"
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,26 @@ def plan(
         steps = left if figures.steps is None else min(left, figures.steps)
         left -= steps
         parts = tuple(maker.of(figures))
+        if pool is not None and figures.rewrites:
+            parts = (*parts, _rewriter(config, figures, lengths, pool, parts))
         compute_s, hidden_s = sum(part.seconds for part in parts), maker.unjudged_seconds(parts)
         judge = _judge(config, figures, run, lengths, hardware, pool, compute_s, hidden_s)
         phases.append(PhaseBudget(figures, steps, parts, judge, config.training.lookahead))
     return Budget(run, hardware, lengths, tuple(phases), pool, config.data.max_prefix_length)
+
+
+def _rewriter(
+    config: TrainConfig, figures: PhaseFigures, lengths: PrefixLengths, pool: JudgePool, parts: Sequence[Part]
+) -> Part:
+    """The wait for rewrites from the judge's servers: they are asked for before rollouts begin and needed after
+    (train.prepare), however far ahead the step is prepared."""
+    suffix, question = config.data.suffix_length, pool.server.question
+    prompt = lengths.mean + suffix + question.template_tokens
+    load = JudgeLoad(figures.rewrites, figures.rewrites, figures.rewrites * prompt, figures.rewrites * suffix)
+    server = dataclasses.replace(pool.server, question=dataclasses.replace(question, answer_tokens=suffix))
+    rollouts_s = sum(part.seconds for part in parts if part.name in (PREFILL, DECODE))
+    wait_s = max(0.0, pool_time(load, server, pool.num_gpus, 1, prompt).total_s - rollouts_s)
+    return Part(REWRITES, Work(), {JUDGE: wait_s})
 
 
 def _judge(

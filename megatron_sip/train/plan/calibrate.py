@@ -27,7 +27,7 @@ from megatron_sip.train.plan.fit import Sample, fit_pace, predicted
 from megatron_sip.train.plan.hardware import DeviceConfig, EfficiencyConfig, Hardware, LinkConfig
 from megatron_sip.train.plan.runs import Measured, measure
 from megatron_sip.train.plan.speed import Pace, seconds_by_cause
-from megatron_sip.train.plan.trial import run_trial, write_trial
+from megatron_sip.train.plan.trial import run_trial, trial_environment, write_trial
 
 _GEMMS = {"cpu": (512, 1024), "cuda": (4096, 8192)}
 _COPY_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
@@ -120,12 +120,9 @@ def _two_ranks() -> dict[str, float]:
     """Latency, bandwidth and mutual slowdown of two ranks of this machine; those of one where it has one core."""
     if (os.cpu_count() or 1) < 2:
         return {"latency_us": 0.0, "bandwidth_gb_s": 1.0, "slowdown": 1.0}
-    root = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "-m", "megatron_sip.train.plan.pair"]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=trial_environment())
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
         raise ConfigurationError(f"two ranks did not run beside each other: {(done.stdout + done.stderr)[-1000:]}")

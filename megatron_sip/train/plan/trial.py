@@ -59,6 +59,13 @@ def write_trial(folder: Path, vocab_size: int, document_tokens: tuple[int, int],
     return path
 
 
+def trial_environment() -> dict[str, str]:
+    """This process's environment without what it was itself told, or has set, of a job."""
+    job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    kept = {name: v for name, v in os.environ.items() if name not in job and not name.startswith("TORCHELASTIC_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ENTRY.parent)}
+
+
 def run_trial(recipe: Path, num_ranks: int) -> dict[str, float]:
     """Trains by the entry point, one thread per rank; medians of each scalar over the steps that count.
 
@@ -68,9 +75,8 @@ def run_trial(recipe: Path, num_ranks: int) -> dict[str, float]:
     command = [sys.executable]
     if num_ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ENTRY.parent)}
     command += [str(ENTRY), "--config", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=trial_environment())
     if done.returncode:
         raise SIPError(f"the trial {recipe} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     lines = (recipe.parent / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -51,6 +51,21 @@ def test_the_papers_step_has_the_operations_that_arithmetic_says(
     assert "bounded by waiting for the judge" in printed
 
 
+def test_rewrites_are_waited_for_beyond_the_rollouts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    scratch = ["--config", str(ROOT / "examples/recipes/scratch-safety.yaml"), "--dry-run-world-size", "64"]
+    assert plan(capsys, *scratch, *SERVER, "--judge-gpus", "1", "--lookahead", "1", "--json", str(path))[0] == 0
+    parts = json.loads(path.read_text())["phases"][0]["parts"]
+    # One server: 256 prompts of 1,920 + 128 + 400 tokens at 10.2e9 operations and a quarter of 989e12 a second; two
+    # waves of 128 answers of 128 tokens. All experts but (124/128)^128 of them are read: 116.8e9 - 111.7e9 / (124/128)
+    # x 0.0172 parameters of 0.55 bytes, and 128 caches of 2,512 x 36,864 bytes, at half of 3.35e12 bytes/s.
+    read_s = 256 * 2448 * 10.2e9 / (0.25 * 989e12)
+    weights = (116.8e9 - 111.7e9 / (1 - 4 / 128) * (1 - 4 / 128) ** 128) * 0.55
+    step_s = (weights + 128 * 2512 * 36864) / 1.675e12
+    rollouts_s = parts["rollout: prefill"]["seconds"] + parts["rollout: decode"]["seconds"]
+    assert parts["wait for rewrites"]["seconds"] == pytest.approx(read_s + 256 * step_s - rollouts_s)
+
+
 def test_lookahead_and_fewer_questions_shorten_the_wait(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def exposed(*flags: str) -> float:
         path = tmp_path / "plan.json"
