@@ -88,7 +88,8 @@ class PhaseBudget:
         """What takes most of the step."""
         part = max(self.parts, key=lambda p: p.seconds)
         if self.exposed_s > part.seconds:
-            return f"waiting for the judge ({self.exposed_s / self.step_s:.0%} of a step)"
+            rest = f"; then {part.name}, by {part.bound} ({part.seconds / self.compute_s:.0%} of the rest)"
+            return f"waiting for the judge ({self.exposed_s / self.step_s:.0%} of a step){rest}"
         return f"{part.name}, by {part.bound} ({part.seconds / self.step_s:.0%} of a step)"
 
 

@@ -20,16 +20,26 @@ def render(budget: Budget) -> str:
 
 def _head(budget: Budget) -> list[str]:
     run, layout = budget.run, budget.run.layout
+    stage = max(run.stages, key=lambda s: s.peak)
+    resident = f"weights {_gib(stage.weights)}, gradients {_gib(stage.gradients)}, optimizer {_gib(stage.optimizer)}"
+    if stage.reference:
+        resident += f", reference {_gib(stage.reference)}"
     measured = sum(source.startswith("measured") for source in budget.hardware.sources.values())
     return [
         f"{run.num_parameters:,} parameters on {run.world_size} x {budget.hardware.name}: tensor {layout.tp} x "
         f"pipeline {layout.pp} x data {layout.dp}",
         f"{run.peak / 2**30:.1f} of {budget.hardware.device.memory_gib:g} GiB of a device; efficiencies: {measured} "
         f"measured, {len(budget.hardware.sources) - measured} assumed",
+        f"  {resident}; with activations and logits of training {_gib(stage.activations + stage.logits)} or the cache of "
+        f"rollouts {_gib(stage.kv_cache)}",
         f"prefixes: {budget.lengths.mean:,.0f} tokens on average ({budget.lengths.origin})",
         "operations, bytes and time of a step are of the rank that takes longest",
         "",
     ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 def _phase(budget: Budget, phase: PhaseBudget) -> list[str]:
