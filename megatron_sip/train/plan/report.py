@@ -30,8 +30,8 @@ def _head(budget: Budget) -> list[str]:
         f"pipeline {layout.pp} x data {layout.dp}",
         f"{run.peak / 2**30:.1f} of {budget.hardware.device.memory_gib:g} GiB of a device; efficiencies: {measured} "
         f"measured, {len(budget.hardware.sources) - measured} assumed",
-        f"  {resident}; with activations and logits of training {_gib(stage.activations + stage.logits)} or the cache of "
-        f"rollouts {_gib(stage.kv_cache)}",
+        f"  GiB: {resident}; in training activations and logits {_gib(stage.activations + stage.logits)}, in rollouts "
+        f"their cache {_gib(stage.kv_cache)}",
         f"prefixes: {budget.lengths.mean:,.0f} tokens on average ({budget.lengths.origin})",
         "operations, bytes and time of a step are of the rank that takes longest",
         "",
