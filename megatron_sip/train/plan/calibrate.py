@@ -65,7 +65,8 @@ def calibrate(path: Path, arguments: Sequence[str]) -> None:
     ranks = _two_ranks()
     _say("a whole training")
     values = {**_efficiencies(paces), **_trial_figures(device, paces["optimizer"]), "busy_slowdown": ranks["slowdown"]}
-    link = LinkConfig(ranks["bandwidth_gb_s"], ranks["latency_us"], ranks["bandwidth_gb_s"], ranks["latency_us"])
+    bandwidth, latency = _short(ranks["bandwidth_gb_s"]), _short(ranks["latency_us"])
+    link = LinkConfig(bandwidth, latency, bandwidth, latency)
     hardware = Hardware(
         device=device, link=link, efficiency=EfficiencyConfig(**{name: _short(v) for name, v in values.items()}),
         name=_name(context.device), sources=_sources(measured, device, paces),
