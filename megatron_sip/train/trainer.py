@@ -121,7 +121,7 @@ class Trainer:
         self._tokens += outcome.num_tokens
         elapsed_s = time.perf_counter() - started
         scalars = {**queued, **self._scalars(prepared.plan, outcome, elapsed_s)}
-        scalars.update(self._measure())
+        scalars.update(self._measure_timed())
         self._step += 1
         self._record.step(self._step, prepared.plan.phase, outcome, scalars, self._consumed, elapsed_s)
 
@@ -131,10 +131,13 @@ class Trainer:
         return self._loader.consumed_samples - self._queue.num_samples
 
     def _scalars(self, plan: StepPlan, outcome: StepOutcome, elapsed_s: float) -> dict[str, float]:
+        timings = self._timers.pop()
         return {
             **outcome.scalars,
             **outcome.health.scalars(),
-            **self._timers.pop(),
+            **timings,
+            # What no timer covers: drawing and packing samples, metrics, norms. The parts add up to the whole.
+            "timing/other_s": elapsed_s - sum(timings.values()),
             **self._describe_throughput(outcome.num_tokens, elapsed_s),
             "learning-rate": outcome.result.learning_rate,
             "batch-size": float(sum(plan.counts.values())),
@@ -144,6 +147,15 @@ class Trainer:
             "tokens": float(self._tokens),
             "curriculum/phase": float(plan.phase_index),
         }
+
+    def _measure_timed(self) -> dict[str, float]:
+        """``_measure`` with its wall time, which is not part of ``iteration-time``."""
+        started = time.perf_counter()
+        scalars = self._measure()
+        self._timers.pop()  # a probe's rollouts and verdicts are not the next step's
+        if scalars:
+            scalars["timing/evaluation_s"] = time.perf_counter() - started
+        return scalars
 
     def _measure(self) -> dict[str, float]:
         """Held-out measurements after this step, if they are due."""
