@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ from megatron_sip.evaluation.judge_bench import (
 )
 from megatron_sip.teacher.build import build_judge
 from megatron_sip.teacher.config import TeacherConfig
+from megatron_sip.teacher.http.greeting import complaints
 from megatron_sip.teacher.interfaces import Judge, JudgeGroup, ModelSource, Passage, Question
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 
@@ -164,6 +166,10 @@ async def measure(options: BenchOptions, models: ModelSource | None) -> tuple[di
     """Asks what is not answered yet; returns what the output says of itself, and all votes."""
     tokenizer = build_tokenizer(options.tokenizer)
     examples = Examples(options, tokenizer)
+    if options.teacher.teacher == "http":
+        key = os.environ.get(options.teacher.judge_api_key_env, "")
+        for line in complaints(options.teacher, {examples.criterion: 1}, key):
+            print(f"warning: {line}", file=sys.stderr)
     judge, remote = build_judge(options.teacher, examples.criterion, tokenizer.fingerprint, models)
     about = {"criterion": examples.criterion, "examples": options.examples, **asdict(judge.identity())}
     if examples.criterion == "factuality":
@@ -180,7 +186,9 @@ async def measure(options: BenchOptions, models: ModelSource | None) -> tuple[di
         # Missing votes are not kept: they are asked again.
         _write(path, about, list(known.values()), "wb")
         for start in range(0, len(asked), _BATCH):
-            new = await _ask(judge, asked[start : start + _BATCH])
+            new, failure = await _ask(judge, asked[start : start + _BATCH])
+            missing = f"; missing ones, for example {failure}" if failure else ""
+            print(f"{min(start + _BATCH, len(asked)):,} of {len(asked):,} votes asked for{missing}", file=sys.stderr)
             _write(path, None, new, "ab")
             known |= {(vote.example, vote.form, vote.good_first, vote.number): vote for vote in new}
     finally:
@@ -202,13 +210,14 @@ def _known(path: Path, about: Mapping[str, Any]) -> dict[tuple[int, str, bool, i
     return {(vote.example, vote.form, vote.good_first, vote.number): vote for vote in good}
 
 
-async def _ask(judge: Judge, asked: Sequence[Asked]) -> list[Vote]:
+async def _ask(judge: Judge, asked: Sequence[Asked]) -> tuple[list[Vote], str]:
+    """The votes, and why one of them is missing, "" if none is."""
     verdicts = await judge.ask([one.question for one in asked])
     votes = []
     for one, verdict in zip(asked, verdicts, strict=True):
         favoured = verdict.score if one.good_first else 1 - verdict.score
         votes.append(Vote(one.example, one.source, one.form, one.good_first, one.question.vote, favoured))
-    return votes
+    return votes, next((verdict.failure for verdict in verdicts if verdict.failure), "")
 
 
 def _write(path: Path, about: Mapping[str, Any] | None, votes: Sequence[Vote], mode: str) -> None:
@@ -288,9 +297,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(describe(about, votes))
-    summary = {"about": about, "missing": sum(math.isnan(vote.favoured) for vote in votes), "votes": len(votes)}
-    print(json.dumps(summary))
-    return 0
+    missing = sum(math.isnan(vote.favoured) for vote in votes)
+    print(json.dumps({"about": about, "missing": missing, "votes": len(votes)}))
+    if missing == len(votes):
+        print("error: no vote was answered: look at the judge, and run the same command again", file=sys.stderr)
+    return int(missing == len(votes))
 
 
 def _models(options: BenchOptions) -> ModelSource | None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
     from megatron_sip.distributed.cpu_linear import linear
     from megatron_sip.distributed.device import (
+        capture,
         communication_backend,
         device_memory_bytes,
         memory_metrics,
@@ -23,8 +24,8 @@ else:
         __name__,
         context="HostGroups ParallelContext initialize",
         cpu_linear="linear",
-        device="communication_backend device_memory_bytes memory_metrics pin release_cached_memory select_device "
-        "synchronize",
+        device="capture communication_backend device_memory_bytes memory_metrics pin release_cached_memory "
+        "select_device synchronize",
         platform="install_cpu_platform",
     )
 
@@ -32,6 +33,7 @@ __all__ = [
     "HostGroups",
     "ParallelConfig",
     "ParallelContext",
+    "capture",
     "communication_backend",
     "device_memory_bytes",
     "initialize",

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_sip.config import from_mapping
 from megatron_sip.errors import DataError
+from tests.teacher.http.server import FaultServer
 from tests.train.teacher_world import write_world
 from tools import judge_bench, make_judge_data
 from tools.make_judge_data import DataOptions
@@ -174,3 +175,15 @@ def test_factuality_is_asked_of_original_and_corrupted(world: Path, made: Path, 
     assert Counter(vote.form for vote in votes) == {"suffix": 5, "corrupted": 5}
     assert all(vote.favoured == 1.0 for vote in votes if vote.form == "suffix")
     assert "No Hallucination" in judge_bench.describe(about, votes)
+
+
+def test_a_bench_that_nobody_answers_says_why_and_fails(
+    world: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--examples", str(made / "quality.train.jsonl"), "--output", str(tmp_path / "votes.jsonl")]
+    flags += ["--tokenizer-model", str(world / "world.model"), "--teacher", "http", "--judge-served-model", "m"]
+    with FaultServer(fault=lambda number: "status 401") as server:
+        assert judge_bench.main([*flags, "--judge-endpoints", server.url]) == 1
+    said = capsys.readouterr().err
+    assert "120 of 120 votes asked for; missing ones, for example rejected: HTTP 401" in said
+    assert "error: no vote was answered" in said
