@@ -133,9 +133,9 @@ class PlayedServer:
         return 200, {"message": "Weights updated"}
 
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
-        if max(body["token_ids"]) >= self.vocab:
-            return 400, {"error": {"message": "Token id is out of vocabulary", "code": 400}}
         wanted = body["sampling_params"]
+        if max(map(int, wanted.get("logit_bias", {0: 0.0}))) >= self.vocab:
+            return 400, {"error": {"message": "logit_bias contain out-of-vocab token ids", "code": 400}}
         choices = [choice(i, wanted["max_tokens"], self.version) for i in range(wanted.get("n", 1))]
         return 200, {"choices": choices[::-1]}
 

@@ -5,6 +5,7 @@ Whether vLLM itself understands it so is seen by tests/vllm.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_sip.errors import ConfigurationError
+from megatron_sip.huggingface.config_json import config_of
+from megatron_sip.model import ModelConfig
 from megatron_sip.rollout import RolloutConfig
 from megatron_sip.rollout.vllm.servers import read_answer
 from megatron_sip.teacher.http.failures import Failure
@@ -171,7 +175,10 @@ def test_servers_that_do_not_fit_are_refused_before_the_first_rollout(server: Pl
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_config": {"logprobs_mode": "processed_logprobs"}}, "start it with --logprobs-mode raw_logprobs"),
+        (
+            {"model_config": {"logprobs_mode": "processed_logprobs", "model": "/nowhere"}},
+            "start it with --logprobs-mode raw_logprobs",
+        ),
         (
             {"device_config": {"device_type": "cpu"}, "scheduler_config": {"enable_chunked_prefill": True}},
             "--no-enable-chunked-prefill",
@@ -184,6 +191,40 @@ def test_a_server_with_other_settings_is_refused(
     server.info |= changes
     [report] = play(server, tmp_path, ["refused"])
     assert message in report["problems"][0]
+
+
+def test_a_model_of_another_shape_is_named_before_weights_are_handed_over(server: PlayedServer, tmp_path: Path) -> None:
+    served, weights = tmp_path / "served", tmp_path / "weights"
+    for directory in (served, weights):
+        directory.mkdir()
+    model = ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=40,
+        max_position_embeddings=96,
+    )  # fmt: skip
+    config = config_of(model.resolve(), VOCAB, torch.float32, None, EOD)
+    (served / "config.json").write_text(json.dumps(config))
+    server.info["model_config"]["model"] = str(served)
+    [report] = play(server, weights, ["refused"])
+    assert f"{server.url} serves a model whose ffn_hidden_size is 40 and not 48:" in report["problems"][0]
+    assert not server.asked("/pause?mode=wait") and not server.asked("/collective_rpc")
+    (served / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    play(server, weights, [0])
+    assert server.version.startswith("0-")
+
+
+def test_one_of_two_servers_that_is_not_there_is_left_behind_and_looked_at_when_it_comes(
+    server: PlayedServer, tmp_path: Path
+) -> None:
+    late = PlayedServer()
+    late.script["/v1/models"] = [503]  # not up yet when it is looked at first
+    late.script["/weight_info"] = [503]
+    payload = {"urls": [server.url, late.url], "folder": str(tmp_path), "options": {}, "sizes": {}}
+    try:
+        [report] = run_ranks(1, "tests.rollout.vllm_claims:play", payload | {"acts": [0, 1, "generate"]})
+    finally:
+        late.close()
+    assert len(late.asked("/v1/models")) == 2 and late.version.startswith("1-") == server.version.startswith("1-")
+    assert report["rollouts"][0][0]["version"] == 1
 
 
 def test_a_server_that_is_not_there_a_full_disk_and_a_long_prefix(server: PlayedServer, tmp_path: Path) -> None:

@@ -69,8 +69,9 @@ def roll_out(payload: dict[str, Any]) -> dict[str, Any]:
             for chunk in chunks:
                 for parameter in chunk.parameters():
                     parameter.add_(0.1 * torch.sin(50 * parameter))
-    report["files"] = sorted(path.name for path in Path(payload["folder"]).rglob("*") if path.is_file())
     theirs.close()
+    if context.rank == 0:  # the one that removes them
+        report["left"] = sorted(path.name for path in Path(payload["folder"]).iterdir())
     return report
 
 

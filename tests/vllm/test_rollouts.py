@@ -97,10 +97,9 @@ def test_rollouts_end_with_eod_or_at_their_limit_and_carry_number_and_version(ra
 
 
 def test_all_ranks_hear_the_same(ranks: list[dict[str, Any]]) -> None:
-    reports = [
-        {name: value for name, value in one.items() if name != "files" and "sync_s" not in name} for one in ranks
-    ]
+    reports = [{name: value for name, value in one.items() if name != "left" and "sync_s" not in name} for one in ranks]
     assert all(report == reports[0] for report in reports[1:])
+    assert ranks[0]["left"] == [], "files of weights must not outlive the engine"
 
 
 def test_every_second_step_the_old_weights_answer_and_say_so(served: tuple[Path, VllmServer], tmp_path: Path) -> None:

@@ -71,12 +71,9 @@ class VllmEngine:
         Raises:
             RolloutError: no server took them, or they could not be written; on all ranks.
         """
-        is_first = self._version < 0
         self._current = version
-        if not is_first and 0 <= version - self._version < self._config.rollout_sync_interval:
+        if self._version >= 0 and 0 <= version - self._version < self._config.rollout_sync_interval:
             return
-        if is_first:
-            self._check_servers()
         self._hand_over()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Candidate]]:
@@ -123,6 +120,7 @@ class VllmEngine:
         return DirectTransfer(stream, link, first, context, config.rollout_sync_timeout_s)
 
     def _hand_over(self) -> None:
+        self._check_servers()  # those that are new, or were not there before
         self._weights.complete()
         problem = ""
         if self._context.dp_rank == 0:

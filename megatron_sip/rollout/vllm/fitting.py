@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import aiohttp
 
-from megatron_sip.errors import CheckpointError, RolloutError
-from megatron_sip.huggingface.config_json import read_config
-from megatron_sip.rollout.vllm.control import START, Unreachable, get, send
+from megatron_sip.errors import CheckpointError, ConfigurationError, RolloutError
+from megatron_sip.huggingface.config_json import architecture_of, read_config
+from megatron_sip.rollout.vllm.control import START, get, send
 
 GENERATE = "/inference/v1/generate"
+_FREE = ("untie_embeddings_and_output_weights", "max_position_embeddings")
+"""Fields in which a server's model may differ: it gets both layers' weights, and its longest sequence is asked for."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +34,28 @@ class Needs:
 
 
 async def check_server(url: str, session: aiohttp.ClientSession, needs: Needs) -> int:
-    """Raises RolloutError, which names server, value and remedy; returns the longest sequence, in tokens."""
-    try:
-        models = await get(session, url, "/v1/models")
-        info = (await get(session, url, "/server_info?config_format=json"))["vllm_config"]
-        rows = []
-        for token in (needs.vocab_size - 1, needs.vocab_size):
-            body = {"token_ids": [token], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
-            status, _ = await send(session, url, "POST", GENERATE, body)
-            if status in (403, 404):  # vLLM 0.32 forbids it without --enable-scale-out, others do not know it
-                raise RolloutError(f"rollout server {url} has no {GENERATE}: {START}")
-            rows.append(status == 200)
-    except Unreachable as error:
-        raise RolloutError(str(error)) from error
+    """The longest sequence of a server that fits, in tokens.
+
+    Raises:
+        RolloutError: it does not fit; names server, value and remedy.
+        Unreachable: it is not there.
+    """
+    models = await get(session, url, "/v1/models")
+    info = (await get(session, url, "/server_info?config_format=json"))["vllm_config"]
+    rows = []
+    for token in (needs.vocab_size - 1, needs.vocab_size):
+        # Of the prompt's tokens it asks its tokenizer, and has none with --skip-tokenizer-init.
+        wanted = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "logit_bias": {str(token): 0.0}}
+        status, _ = await send(session, url, "POST", GENERATE, {"token_ids": [0], "sampling_params": wanted})
+        if status in (403, 404):  # vLLM 0.32 forbids it without --enable-scale-out, others do not know it
+            raise RolloutError(f"rollout server {url} has no {GENERATE}: {START}")
+        rows.append(status == 200)
     if rows != [True, False]:
         raise RolloutError(
             f"rollout server {url} has {'more' if all(rows) else 'fewer'} tokens than the tokenizer's "
             f"{needs.vocab_size}: let it serve what tools/export_policy.py writes, which has these and no others"
         )
+    _check_shape(url, Path(info["model_config"]["model"]), needs.model_config)
     mode = info["model_config"]["logprobs_mode"]
     if mode != "raw_logprobs":
         raise RolloutError(f"rollout server {url} gives {mode}: start it with --logprobs-mode raw_logprobs")
@@ -56,6 +63,23 @@ async def check_server(url: str, session: aiohttp.ClientSession, needs: Needs) -
         _check_cpu_server(url, info, needs.tied)
     _check_transfer(url, info, needs.transfer)
     return int(models["data"][0]["max_model_len"])
+
+
+def _check_shape(url: str, directory: Path, ours: Mapping[str, Any]) -> None:
+    """Where the server's directory is in sight: weights of another shape would leave it half updated."""
+    try:
+        theirs = architecture_of(read_config(directory), directory)
+    except CheckpointError:
+        return
+    except ConfigurationError as error:
+        raise RolloutError(f"rollout server {url} serves another model: {error}") from error
+    own = dataclasses.asdict(architecture_of(ours, directory))
+    for name, value in dataclasses.asdict(theirs).items():
+        if value != own[name] and name not in _FREE:
+            raise RolloutError(
+                f"rollout server {url} serves a model whose {name} is {value} and not {own[name]}: let it serve what "
+                "tools/export_policy.py writes of this run"
+            )
 
 
 def _check_transfer(url: str, info: Mapping[str, Any], transfer: str) -> None:

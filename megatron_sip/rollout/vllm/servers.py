@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import aiohttp
 import numpy as np
 
+from megatron_sip.errors import RolloutError
 from megatron_sip.rollout.vllm.config import VllmOptions
-from megatron_sip.rollout.vllm.control import CONNECT_S, START
+from megatron_sip.rollout.vllm.control import CONNECT_S, START, Unreachable
 from megatron_sip.rollout.vllm.fitting import GENERATE, Needs, check_server
 from megatron_sip.teacher.http.client import ClientSettings, HttpClient
 from megatron_sip.teacher.http.failures import SERVER, Failure
@@ -70,8 +71,13 @@ class VllmServers:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-servers", daemon=True)
         self._thread.start()
-        self.longest = 0
-        """Tokens of a sequence, on every server; known after ``check``."""
+        self._longest: dict[str, int] = {}
+        """Of the servers that were found to fit."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence, on every server that was found to fit; to be asked after ``check``."""
+        return min(self._longest.values())
 
     def ask(self, bodies: Sequence[Mapping[str, Any]]) -> list[Answer | Failure]:
         """An answer to each, in order."""
@@ -82,8 +88,21 @@ class VllmServers:
         return self._start(ask_all()).result()
 
     def check(self, needs: Needs) -> None:
-        """Finds what would make answers wrong or transfers impossible, on every server. Raises RolloutError."""
-        self.longest = min(self.on_each(lambda url, session: check_server(url, session, needs)).values())
+        """Finds what would make answers wrong or transfers impossible, on every server that was not looked at yet.
+
+        One that is not there is left to the next call. Raises RolloutError: one does not fit, or none is there.
+        """
+
+        async def look(url: str, session: aiohttp.ClientSession) -> int | Unreachable:
+            try:
+                return await check_server(url, session, needs)
+            except Unreachable as error:
+                return error
+
+        found = self.on_each(look, [url for url in self.urls if url not in self._longest])
+        self._longest |= {url: longest for url, longest in found.items() if isinstance(longest, int)}
+        if not self._longest:
+            raise RolloutError(str(next(iter(found.values()))))
 
     def on_each(self, act: Act[T], urls: Sequence[str] | None = None) -> dict[str, T]:
         """What ``act`` returned for each server; all are under way together. The first exception is raised."""
