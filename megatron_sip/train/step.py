@@ -109,8 +109,8 @@ class StepRunner:
             early = self._score_early(prepared)
             tokens += self._fill(prepared, scalars)
             preferences = self._preferences(prepared, scalars, save)
+            batches, kl = self._preference_batches(preferences, early)
             with self._timers("train"):
-                batches, kl = self._preference_batches(preferences, early)
                 weight = prepared.plan.weights["rollout"]
                 tokens += self._run("rollout", batches, self._objective, weight, last=True)
             health = self._health(prepared, kl)
@@ -206,7 +206,11 @@ class StepRunner:
         batches = rows(preferences, self._row_shape())
         if not self._engine.has_reference:
             return batches, float("nan")
-        scored = with_reference(self._engine, batches) if early is None else from_scores(batches, preferences, early)
+        with self._timers("reference"):
+            if early is None:
+                scored = with_reference(self._engine, batches)
+            else:
+                scored = from_scores(batches, preferences, early)
         return scored, kl_to_reference(preferences, scored)
 
     def _run(
