@@ -49,8 +49,9 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     group = initialize(ParallelConfig(), seed=0).tp_group
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    hidden = torch.randn(options.positions, options.hidden).to(dtype).requires_grad_()
-    weight = (torch.randn(options.vocab_size, options.hidden) * 0.02).to(dtype).requires_grad_()
+    # Drawn in place: a larger copy on the way would be the peak that the rest hides behind.
+    hidden = torch.randn(options.positions, options.hidden, dtype=dtype).requires_grad_()
+    weight = torch.randn(options.vocab_size, options.hidden, dtype=dtype).mul_(0.02).requires_grad_()
     weight.main_grad = torch.ones(weight.shape)  # type: ignore[attr-defined]
     targets = torch.randint(0, options.vocab_size, (options.positions,))
     way_log_probs(way, hidden[:1], weight, targets[:1], group)  # libraries load what they load

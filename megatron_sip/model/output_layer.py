@@ -21,9 +21,6 @@ from megatron_sip.model.logprobs import num_valid_columns
 
 _MIN_ROWS = 128
 """Positions that a block may always have: with fewer, adding to the weight's gradient costs more than computing it."""
-_SHARE = 8
-"""A block is about this part of the positions, within the limits below: small beside the whole tensor of logits, whose
-memory is what the blocks are there to save."""
 _STEP = 16
 """Positions of a block are a multiple of it: a vector unit's width."""
 _TILE_LOGITS = 2**18
@@ -32,6 +29,9 @@ _TILE_LOGITS = 2**18
 
 @dataclass(frozen=True)
 class _Sizes:
+    share: int
+    """A block is about this part of the positions, within the limits below: small beside the whole tensor of logits,
+    whose memory is what the blocks are there to save."""
     least_bytes: int
     """Of a block's logits in the model's precision: they may always be as many."""
     most_bytes: int
@@ -41,10 +41,12 @@ class _Sizes:
 
 
 _SIZES = {
-    # Above 32 MiB every block's memory comes anew from the system, page by page; the weight's part fits a cache.
-    "cpu": _Sizes(24 * 2**20, 24 * 2**20, 2**20),
+    # Above 32 MiB every block's memory comes anew from the system, page by page; the weight's part fits a cache. An
+    # eighth of 512 positions at a vocabulary of 128,256 would be just below, in the heap, where such blocks leave holes
+    # that the next do not fit: 128 MiB in place of 56.
+    "cpu": _Sizes(7, 24 * 2**20, 24 * 2**20, 2**20),
     # It needs more to be busy.
-    "cuda": _Sizes(2**24, 2**26, 2**24),
+    "cuda": _Sizes(8, 2**24, 2**26, 2**22),
 }
 
 
@@ -106,7 +108,7 @@ class _Shape:
 
 
 def _rows_per_block(sizes: _Sizes, num_positions: int, row_bytes: int) -> int:
-    share = -(-num_positions // _SHARE)
+    share = -(-num_positions // sizes.share)
     rows = min(max(share, sizes.least_bytes // row_bytes, 1), max(sizes.most_bytes // row_bytes, _MIN_ROWS))
     num_blocks = max(1, -(-num_positions // rows))
     even = -(-num_positions // num_blocks)

@@ -214,7 +214,7 @@ def tiled_output_layer_claims(payload: dict[str, Any]) -> dict[str, Any]:
 
     output_layer._MIN_ROWS, output_layer._STEP, output_layer._TILE_LOGITS = 3, 1, payload["tile_logits"]
     row_bytes = payload["weight"].shape[0] * payload["weight"].element_size()
-    output_layer._SIZES[context.device.type] = output_layer._Sizes(3 * row_bytes, 3 * row_bytes, 12)
+    output_layer._SIZES[context.device.type] = output_layer._Sizes(8, 3 * row_bytes, 3 * row_bytes, 12)
     results: dict[str, Any] = {}
     for known in (False, True):
         hidden, weight = (payload[name].clone().requires_grad_() for name in ("hidden", "weight"))
@@ -238,7 +238,7 @@ def output_layer_claims(payload: dict[str, Any]) -> dict[str, Any]:
     from megatron_sip.model import output_layer
 
     output_layer._MIN_ROWS, output_layer._STEP = 2, 1
-    output_layer._SIZES["cpu"] = output_layer._Sizes(64, 64, 12)
+    output_layer._SIZES["cpu"] = output_layer._Sizes(8, 64, 64, 12)
     results: dict[str, Any] = {}
     for known in (False, True):
         for buffered in (False, True):
