@@ -136,6 +136,10 @@ class Maker:
     def _made(self, kind: str, split: str) -> int:
         return sum(count for name, count in self._writer.counts.items() if name.startswith(f"{kind} {split} "))
 
+    def drop(self, reason: str) -> None:
+        """Counts a document that becomes no example; recorded with the next batch."""
+        self._writer.dropped[reason] += 1
+
     async def make(self, cuts: Sequence[Cut], next_line: int) -> None:
         """Asks about a batch of documents and writes what comes of it."""
         before = self._writer.counts.copy(), self._writer.dropped.copy()
@@ -204,9 +208,11 @@ class Maker:
 
 
 def _require_answers(failures: Sequence[str]) -> None:
-    """Raises JudgeError if more than half of the questions failed for the servers: no document is to blame for that."""
+    """Raises JudgeError if a server could not be reached, or answered more than half of the questions by an error: no
+    document is to blame for that. Fewer errors may be a document's, which is then dropped: the run would never end."""
     failed = [failure for failure in failures if failure and kind_of(failure) in _SERVERS]
-    if 2 * len(failed) > len(failures):
+    unreached = any(kind_of(failure) == TRANSPORT for failure in failed)
+    if unreached or 2 * len(failed) > len(failures):
         raise JudgeError(
             f"{len(failed)} of {len(failures)} questions got no answer ({failed[-1]}): see to the servers and the "
             "--judge-... flags, then repeat the command; what is made is kept"
@@ -236,7 +242,9 @@ def documents(options: DataOptions, first: int) -> Iterator[tuple[int, str, str]
                 for key in options.source_key.split("."):
                     source = source.get(key, {}) if isinstance(source, dict) else {}
             except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-                raise DataError(f"input line {number + 1} has no {options.json_key!r} ({error!r}): mend it") from error
+                raise DataError(
+                    f"input line {number + 1} has no {options.json_key!r} ({error!r}): mend it, or give --json-key"
+                ) from error
             yield number, text, source if isinstance(source, str) and source else "all"
 
 
@@ -310,9 +318,13 @@ async def _make_all(options: DataOptions, tokenizer: Tokenizer, maker: Maker, fi
         if maker.finished:
             return
         kind, split = place(options, text)
-        item = cut_document(options, tokenizer, number, text) if kind in maker.open_kinds(split) else None
-        if item is not None:
-            batch.append(Cut(kind, split, source, item))
+        if kind not in maker.open_kinds(split):
+            continue
+        item = cut_document(options, tokenizer, number, text)
+        if item is None:
+            maker.drop(f"{kind}: document shorter than prefix and suffix")
+            continue
+        batch.append(Cut(kind, split, source, item))
         if len(batch) >= options.documents_at_a_time:
             await make_batch(batch, number + 1)
             batch = []

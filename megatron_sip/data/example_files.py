@@ -30,7 +30,10 @@ class ExampleFiles:
         self.dropped: Counter[str] = Counter()
         """What became no example, by reason."""
         self.next_line = 0
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise DataError(f"{directory} is a file: give a directory") from error
         sizes = self._resume() if (directory / PROGRESS).exists() else {}
         for name in self._names:
             path = directory / name
@@ -56,7 +59,7 @@ class ExampleFiles:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not of this tool ({error!r}): give another --output") from error
         changed = sorted(n for n in {*before, *self._identity} if before.get(n) != self._identity.get(n))
-        if changed:
+        if changed and (self.counts or self.next_line):
             names = ", ".join(name.replace("_", "-") for name in changed)
             raise DataError(
                 f"{self._directory} holds examples made with other options ({names}): give another --output"

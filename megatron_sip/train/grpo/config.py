@@ -43,7 +43,7 @@ class TaskConfig:
     mini_batches: int = option(1, help="optimizer steps of one such pass: the batch is cut into as many parts")
     prompt_length: int = option(3584, help="tokens of a prompt; a longer one loses the beginning of its prefix")
     eval_interval: int = option(25, help="steps between two measurements on --valid-data; 0 is never")
-    eval_samples: int = option(512, help="held-out examples of such a measurement")
+    eval_samples: int = option(512, help="held-out examples of such a measurement; no more than there are")
     eval_generations: int = option(1, help="rollouts for each of them, drawn as in training")
     seed: int = option(1234, help="seed of initial weights, data order and rollouts")
     dry_run: bool = option(False, help="check the configuration, print sizes, batches and what is missing; exit")

@@ -66,6 +66,7 @@ def examine(config: GRPORunConfig, task: str, world_size: int) -> GRPODryRun:
     on_host = config.grpo.needs_reference and config.grpo.reference_placement == "host"
     device_bytes, device_words, device_note = device_of(options.dry_run_device_gib, world_size)
     measures = bool(options.valid_data) and options.eval_interval > 0
+    held_out = _num_examples(options.valid_data, "--valid-data", missing)
     row = options.prompt_length + options.generations * config.answer_length
     return GRPODryRun(
         architecture=arch,
@@ -90,11 +91,11 @@ def examine(config: GRPORunConfig, task: str, world_size: int) -> GRPODryRun:
         updates=options.updates_per_step,
         micro_batches=work.micro_batches,
         step_tokens=options.global_batch_size * row * options.batch_passes,
-        measured=options.eval_samples * options.eval_generations * measures,
+        measured=min(options.eval_samples, held_out or options.eval_samples) * options.eval_generations * measures,
         # Before the first step, at every interval, and after the last.
         measurements=(1 + -(-options.train_iters // options.eval_interval)) if measures else 0,
         verdicts_per_answer=teacher.votes_of("quality") + teacher.votes_of("safety") if task == "rewriter" else 0,
-        num_examples=_num_examples(options.train_data, missing),
+        num_examples=_num_examples(options.train_data, "--train-data", missing),
     )  # fmt: skip
 
 
@@ -124,13 +125,13 @@ def _reference_bytes(config: GRPORunConfig, precision: Precision) -> int:
     return BYTES_FP32 if config.grpo.reference_policy == "ema" else precision.weight
 
 
-def _num_examples(values: Sequence[str], missing: Sequence[str]) -> int | None:
-    if any(line.startswith("--train-data") for line in missing):
+def _num_examples(values: Sequence[str], flag: str, missing: Sequence[str]) -> int | None:
+    if any(line.startswith(flag) for line in missing):
         return None
     # Here: it reads the files.
     from megatron_sip.data.lines import LinesDataset
 
-    return sum(len(LinesDataset(path)) for path in parse_blend(values, "--train-data")[0])
+    return sum(len(LinesDataset(path)) for path in parse_blend(values, flag)[0])
 
 
 def render(run: GRPODryRun) -> str:
@@ -153,7 +154,7 @@ def _render_step(run: GRPODryRun) -> list[str]:
         lines.append(f"  {most:>11,} verdicts if all suffixes are unsafe: {run.verdicts_per_answer} on each answer")
     lines.append(f"  {run.train_iters:,} steps in all")
     if run.passes is not None:
-        lines.append(f"  {run.num_examples:,} examples: {run.passes:.1f} passes over them")
+        lines.append(f"  {run.num_examples:,} examples: {run.passes:.3g} passes over them")
     if run.measured:
         lines.append(f"  {run.measurements:,} measurements of {run.measured:,} held-out answers each")
     return [*lines, ""]
