@@ -3,6 +3,8 @@
 
 ``python benchmarks/overlap.py``: whole steps of one rank with a teacher of controlled latency, several rounds of
 questions to a step, at judge times from 0 to 150 % of a step's compute; within the step (lookahead 0) and across steps.
+One run holds all rows: a block of steps of each between two blocks without latency, which say what compute is there
+and then; round by round, in changing order. A row's figure is the median of its blocks' ratios.
 ``python benchmarks/overlap.py --in-flight 2000``: training beside that many HTTP requests, answered after 20 s.
 
 The trainer runs on one core, the teacher's process (and the server) on another.
@@ -18,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +49,21 @@ with FaultServer(delay_s=float(sys.argv[2])) as server:
         time.sleep(1.0)
 """
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
-SKIPPED = 2
-"""First steps: the queue fills up, memory is allocated."""
+WARM_UP = 4
+"""First steps of a run: the queue fills up, memory is allocated."""
 MODEL: dict[str, Any] = {
     "hidden_size": 128, "ffn_hidden_size": 384, "num_layers": 4, "max_position_embeddings": 128, "micro_batch_size": 4,
     "rollout_micro_batch_size": 4, "global_batch_size": 32, "seq_length": 96, "eval_interval": 0,
     "phases": [{"name": "all", "ntp": 0.5, "rollout": 0.5}], "candidates": "suffix,rollout:8",
     "pair_schedule": "best_worst", "judge_factuality_weight": 0.0, "log_interval": 10**6,
+    "lr": 1e-6,  # what is trained is not the matter: every step is to take as long as the one before
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, default=8, help="steps of each run, the first two not counted")
+    parser.add_argument("--blocks", type=int, default=5, help="of each row, and pairs of blocks with --in-flight")
+    parser.add_argument("--steps", type=int, default=5, help="of a block that count")
     parser.add_argument("--lookahead", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="judge times, parts of the compute")
     parser.add_argument("--in-flight", type=int, default=0, help="requests in flight beside training; 0: the table")
@@ -75,62 +80,105 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Block:
+    """Medians over the steps of one block that count, in seconds."""
+
+    step_s: float
+    judge_s: float
+    wait_s: float
+    headroom_s: float
+    total_wait_s: float
+    total_judge_s: float
+
+    @property
+    def compute_s(self) -> float:
+        """What the panel itself works is waited for within the step."""
+        return self.step_s - self.wait_s
+
+
 def table(options: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     """Prints and returns a line per lookahead and judge time."""
     rows: list[dict[str, float]] = []
-    # The number of rounds follows from the schedule: runs with known times to each tell. They also warm the process up.
-    quick, slow = (run(folder, options, 0, round_s, steps=SKIPPED + 3)["judge_s"] for round_s in (0.0, 0.1))
-    rounds = round((slow - quick) / 0.1)
-    print(f"{rounds} rounds of questions to a step; step, compute, judge and wait in s, medians; {load()}")
-    print("lookahead  asked for  judge/compute   step  compute  judge   wait  hidden  limit  step/limit")
+    # The number of rounds follows from the schedule: known times to each tell. The first block warms the process up.
+    _, slow, bare = blocks_of(folder, options, 0, [0.0, 0.1, 0.0])
+    rounds = round((slow.judge_s - bare.judge_s) / 0.1)
+    print(f"{rounds} rounds of questions to a step; times in s, medians of {options.blocks} blocks; {load()}")
+    print("lookahead  asked for  judge/compute   step  compute  judge   wait  hidden  limit  step/limit (of blocks)")
     for lookahead in options.lookahead:
-        run(folder, options, lookahead, round_s=0.0, steps=options.steps)  # the first is slower
-        bare = run(folder, options, lookahead, round_s=0.0, steps=options.steps)
-        compute_s = bare["step_s"] - bare["wait_s"]  # the panel's own work is waited for within the step
-        for share in options.shares:
-            # The panel's own work takes time too: what is asked for is the time from submission to the last verdict.
-            round_s = max(0.0, share * compute_s - bare["judge_s"]) / rounds
-            found = run(folder, options, lookahead, round_s, options.steps) if share else bare
-            judge_s = found["judge_s"]
-            exposed_s = max(0.0, judge_s - bare["headroom_s"])
-            limit_s = 1.05 * (compute_s + exposed_s if lookahead == 0 else max(compute_s, judge_s))
-            rows.append({"lookahead": lookahead, "share": share, "compute_s": compute_s, "limit_s": limit_s, **found})
-            print(
-                f"{lookahead:9d}  {share:9.0%}  {judge_s / compute_s:13.0%}  {found['step_s']:5.3f}  "
-                f"{compute_s:7.3f}  {judge_s:5.3f}  {found['wait_s']:5.3f}  {found['hidden']:6.1%}  "
-                f"{limit_s:5.3f}  {found['step_s'] / limit_s:10.3f}",
-                flush=True,
-            )
+        # The panel's own work, all that there is at 0, falls into the time in which other groups wait.
+        latencies = [share * bare.compute_s / rounds for share in options.shares]
+        orders = [[(i + turn) % len(latencies) for i in range(len(latencies))] for turn in range(options.blocks)]
+        asked = [latencies[row] for order in orders for row in order]
+        found = blocks_of(folder, options, lookahead, [0.0, *(x for latency in asked for x in (latency, 0.0))])
+        between = list(zip(found[:-2:2], found[1::2], found[2::2], strict=True))
+        owners = [row for order in orders for row in order]
+        for row, share in enumerate(options.shares):
+            own = [triple for triple, owner in zip(between, owners, strict=True) if owner == row]
+            rows.append({"lookahead": lookahead, "share": share, **figures(lookahead, own)})
+            print(line(rows[-1]), flush=True)
     print(load())
     return rows
+
+
+def figures(lookahead: int, blocks: Sequence[tuple[Block, Block, Block]]) -> dict[str, Any]:
+    """Of a row: each of its blocks with the ones without latency before and after it."""
+    parts: list[dict[str, float]] = []
+    for before, block, after in blocks:
+        compute_s = (before.compute_s + after.compute_s) / 2
+        exposed_s = max(0.0, block.judge_s - (before.headroom_s + after.headroom_s) / 2)
+        limit_s = 1.05 * (compute_s + exposed_s if lookahead == 0 else max(compute_s, block.judge_s))
+        parts.append({
+            "compute_s": compute_s, "limit_s": limit_s, "step_s": block.step_s, "judge_s": block.judge_s,
+            "wait_s": block.wait_s, "share_of_compute": block.judge_s / compute_s, "ratio": block.step_s / limit_s,
+        })  # fmt: skip
+    row: dict[str, Any] = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
+    waited_s, judged_s = (sum(getattr(b, name) for _, b, _ in blocks) for name in ("total_wait_s", "total_judge_s"))
+    return row | {"hidden": 1.0 - waited_s / judged_s, "ratios": sorted(part["ratio"] for part in parts)}
+
+
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['lookahead']:9d}  {row['share']:9.0%}  {row['share_of_compute']:13.0%}  {row['step_s']:5.3f}  "
+        f"{row['compute_s']:7.3f}  {row['judge_s']:5.3f}  {row['wait_s']:5.3f}  {row['hidden']:6.1%}  "
+        f"{row['limit_s']:5.3f}  {row['ratio']:10.3f} ({' '.join(f'{ratio:.3f}' for ratio in row['ratios'])})"
+    )
 
 
 def load() -> str:
     return "load average of the last 1, 5 and 15 minutes: " + ", ".join(f"{part:.1f}" for part in os.getloadavg())
 
 
-def run(folder: Path, options: argparse.Namespace, lookahead: int, round_s: float, steps: int) -> dict[str, float]:
-    """Medians over the steps that count: those with a full queue before and behind them."""
+def blocks_of(folder: Path, options: argparse.Namespace, lookahead: int, round_s: Sequence[float]) -> list[Block]:
+    """One run with a block of steps for each latency of a round; its first steps were prepared in the block before."""
+    size = options.steps + lookahead + 1
+    latencies = [0.0] * WARM_UP + [latency for latency in round_s for _ in range(size)]
     with tempfile.TemporaryDirectory() as run_dir:
-        changes = {**MODEL, "train_iters": steps + lookahead, "lookahead": lookahead, "run_dir": run_dir}
-        train(folder, changes, lambda config: slow_teacher(config, round_s, options.judge_core))
+        # The last steps have nothing prepared behind them: more are trained than count.
+        asked = [*latencies, *[0.0] * lookahead]
+        changes = {**MODEL, "train_iters": len(asked), "lookahead": lookahead, "run_dir": run_dir}
+        train(folder, changes, lambda config: slow_teacher(config, asked, options.judge_core))
         lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines][SKIPPED : steps if lookahead else None]
-
-    def median(name: str) -> float:
-        return statistics.median(record[name] for record in records)
-
-    return {
-        "step_s": median("iteration-time"),
-        "judge_s": median("judge/duration_s"),
-        "wait_s": median("judge/exposed_wait_s"),
-        "headroom_s": median("judge/headroom_s"),
-        "hidden": 1.0 - sum(r["judge/exposed_wait_s"] for r in records) / sum(r["judge/duration_s"] for r in records),
-    }
+    records = [json.loads(text) for text in lines][WARM_UP : len(latencies)]
+    return [block(records[start + lookahead + 1 : start + size]) for start in range(0, len(records), size)]
 
 
-def slow_teacher(config: TeacherConfig, round_s: float, core: int) -> TeacherProcess:
-    teacher = TeacherProcess(config, {"round_s": round_s}, factory="benchmarks.slow_teacher:build")
+def block(records: Sequence[dict[str, float]]) -> Block:
+    def values(name: str) -> list[float]:
+        return [record[f"judge/{name}"] for record in records]
+
+    return Block(
+        step_s=statistics.median(record["iteration-time"] for record in records),
+        judge_s=statistics.median(values("duration_s")),
+        wait_s=statistics.median(values("exposed_wait_s")),
+        headroom_s=statistics.median(values("headroom_s")),
+        total_wait_s=sum(values("exposed_wait_s")),
+        total_judge_s=sum(values("duration_s")),
+    )
+
+
+def slow_teacher(config: TeacherConfig, round_s: Sequence[float], core: int) -> TeacherProcess:
+    teacher = TeacherProcess(config, {"round_s": tuple(round_s)}, factory="benchmarks.slow_teacher:build")
     os.sched_setaffinity(teacher.pid, {core})
     return teacher
 
@@ -154,39 +202,56 @@ def train(
         work(trainer)
 
 
-def in_flight(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Alternates blocks of next-token steps with and without requests in flight; compares their mean times."""
+def in_flight(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Pairs of blocks of next-token steps, with and without requests in flight, in changing order."""
     changes = {**MODEL, "train_iters": 10**6, "run_dir": None, "phases": [{"name": "ntp", "ntp": 1.0}]}
-    times: dict[bool, list[float]] = {False: [], True: []}
+    pairs: list[dict[bool, list[float]]] = []
+
+    def steps(trainer: Trainer, until: float) -> list[float]:
+        times = []
+        while time.perf_counter() < until:
+            started = time.perf_counter()
+            trainer._one_step()
+            times.append(time.perf_counter() - started)
+        return times
 
     def work(trainer: Trainer) -> None:
         trainer._record.open(0)
-        for _ in range(SKIPPED):
+        for _ in range(WARM_UP):
             trainer._one_step()
         with served(options) as (teacher, request):
-            for block in range(4):
-                loaded = block % 2 == 1
-                until = time.perf_counter() + options.answer_s + 2.0
-                if loaded:
-                    teacher.submit(block, request)
-                while time.perf_counter() < until:
-                    started = time.perf_counter()
-                    trainer._one_step()
-                    times[loaded].append(time.perf_counter() - started)
-                if loaded:
-                    result = teacher.collect(block)
-                    assert isinstance(result, JudgeResult)
-                    assert sum(group.num_calls for group in result.groups) == options.in_flight
-                    assert not sum(group.num_failures for group in result.groups)
+            for pair in range(options.blocks):
+                found: dict[bool, list[float]] = {}
+                for loaded in (False, True) if pair % 2 == 0 else (True, False):
+                    until = time.perf_counter() + options.answer_s + 1.0
+                    if loaded:
+                        teacher.submit(pair, request)
+                    found[loaded] = steps(trainer, until)
+                    if loaded:
+                        check_all_answered(teacher, pair, options.in_flight)
+                pairs.append(found)
 
     train(folder, changes, lambda config: None, work)
-    means = {f"{name}_{part}_s": figure(times[loaded]) for loaded, part in ((False, "alone"), (True, "beside"))
-             for name, figure in (("mean", statistics.mean), ("median", statistics.median))}  # fmt: skip
-    slower = {name: means[f"{name}_beside_s"] / means[f"{name}_alone_s"] - 1 for name in ("mean", "median")}
-    print(f"{options.in_flight} requests in flight, answered after {options.answer_s:g} s; next-token steps of")
-    print(f"mean {means['mean_alone_s']:.4f} s alone, {means['mean_beside_s']:.4f} s beside: {slower['mean']:+.1%}")
-    print(f"median {means['median_alone_s']:.4f} s, {means['median_beside_s']:.4f} s: {slower['median']:+.1%}")
-    return {**means, **{f"{name}_slower": share for name, share in slower.items()}}
+    print(
+        f"{options.in_flight} requests in flight, answered after {options.answer_s:g} s; times of steps in s; {load()}"
+    )
+    rows: dict[str, Any] = {}
+    for name, figure in (("mean", statistics.mean), ("median", statistics.median)):
+        alone, beside = ([figure(pair[loaded]) for pair in pairs] for loaded in (False, True))
+        slower = [with_ / without - 1 for without, with_ in zip(alone, beside, strict=True)]
+        rows[name] = {"alone_s": alone, "beside_s": beside, "slower": slower}
+        print(
+            f"{name:6} {statistics.median(alone):.4f} alone, {statistics.median(beside):.4f} beside: "
+            f"{statistics.median(slower):+.1%} (of each pair {' '.join(f'{share:+.1%}' for share in slower)})"
+        )
+    return rows
+
+
+def check_all_answered(teacher: TeacherProcess, ticket: int, count: int) -> None:
+    result = teacher.collect(ticket)
+    assert isinstance(result, JudgeResult)
+    assert sum(group.num_calls for group in result.groups) == count
+    assert not sum(group.num_failures for group in result.groups)
 
 
 @contextmanager

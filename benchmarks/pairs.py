@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -66,6 +66,10 @@ class Comparison:
             found["ours_tokens_per_s"] = self.tokens / found["ours_s"]
             found["theirs_tokens_per_s"] = self.tokens / found["theirs_s"]
         return found
+
+    def with_values(self, ours: Any, theirs: Any) -> Comparison:
+        """With other values to show, such as what the comparison of the first ones came to."""
+        return replace(self, ours_value=ours, theirs_value=theirs)
 
     def line(self) -> str:
         """One line of the table."""

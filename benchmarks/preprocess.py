@@ -36,7 +36,7 @@ from megatron_sip.data.jsonl import read_lines
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from megatron_sip.tokenizer.base import TokenArray
 
-_LINES_PER_TASK = 32
+LINES_PER_TASK = 32
 """Of Megatron-LM's pool."""
 Encode = Callable[[str], tuple[dict[str, list[int]], dict[str, list[int]], int]]
 
@@ -65,6 +65,11 @@ def texts_of(path: Path) -> list[str]:
     """All texts of a jsonl file."""
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line)["text"] for line in stream]
+
+
+def parse_tokenizer(text: str) -> TokenizerConfig:
+    """What ``--tokenizer`` names."""
+    return TokenizerConfig(**json.loads(text))
 
 
 def alone(texts: Sequence[str], tokenizer: Tokenizer, prefix: str) -> None:
@@ -99,7 +104,7 @@ def chunks(stream: Iterator[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
     for line in stream:
         chunk.append(line)
-        if len(chunk) == _LINES_PER_TASK:
+        if len(chunk) == LINES_PER_TASK:
             yield chunk
             chunk = []
     if chunk:
@@ -149,7 +154,7 @@ def datatrove(folder: Path, config: TokenizerConfig, prefix: str) -> None:
 
 def contenders(options: argparse.Namespace, folder: Path, path: Path) -> dict[str, Callable[[str], None]]:
     """Name -> action that is given the prefix to write to."""
-    config = TokenizerConfig(**json.loads(options.tokenizer))
+    config = parse_tokenizer(options.tokenizer)
     library, texts = build_tokenizer(config), texts_of(path)
     if options.replay:
         library = Replay(library, texts)

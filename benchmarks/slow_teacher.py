@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from megatron_sip.teacher.config import TeacherConfig
-from megatron_sip.teacher.interfaces import JudgeIdentity, Question, Verdict
+from megatron_sip.teacher.interfaces import JudgeIdentity, JudgeRequest, JudgeResult, Question, Verdict
 from megatron_sip.teacher.panel import Panel, PanelSettings
 from megatron_sip.teacher.rewriter import CopyRewriter
 
+_ROUND_S: ContextVar[float] = ContextVar("round_s", default=0.0)
+"""Of the request that is being served; requests overlap."""
+
 
 class SlowJudge:
-    """Prefers an option by its text alone, ``round_s`` after it was asked: rounds of several groups run at once."""
+    """Prefers an option by its text alone, after the time that a round takes: those of several groups run at once."""
 
     criterion = "quality"
-
-    def __init__(self, round_s: float) -> None:
-        self._round_s = round_s
 
     def identity(self) -> JudgeIdentity:
         return JudgeIdentity("slow", "none", "")
@@ -29,16 +30,28 @@ class SlowJudge:
         return hashlib.sha256("\0".join([question.group.prefix.text, *texts]).encode()).hexdigest()
 
     async def ask(self, questions: Sequence[Question]) -> list[Verdict]:
-        await asyncio.sleep(self._round_s)
-        return [Verdict(float(self._digest(q, 0) > self._digest(q, 1)), latency_s=self._round_s) for q in questions]
+        round_s = _ROUND_S.get()
+        await asyncio.sleep(round_s)
+        return [Verdict(float(self._digest(q, 0) > self._digest(q, 1)), latency_s=round_s) for q in questions]
 
     @staticmethod
     def _digest(question: Question, place: int) -> bytes:
         return hashlib.sha256(question.group.candidates[question.options[place]].text.encode()).digest()
 
 
-def build(config: TeacherConfig, round_s: float, **options: Any) -> Panel:
-    """The factory that the teacher process calls."""
+class SlowPanel(Panel):
+    """Each step has its own time of a round."""
+
+    round_s: Sequence[float] = ()
+
+    async def judge(self, request: JudgeRequest) -> JudgeResult:
+        # The teacher's process serves each request in a task, and so in a context, of its own.
+        _ROUND_S.set(self.round_s[request.step or 0])
+        return await super().judge(request)
+
+
+def build(config: TeacherConfig, round_s: Sequence[float], **options: Any) -> Panel:
+    """The factory that the teacher process calls. ``round_s``: by step."""
     settings = PanelSettings(
         weights=config.weights,
         pair_schedule=config.pair_schedule,
@@ -47,4 +60,6 @@ def build(config: TeacherConfig, round_s: float, **options: Any) -> Panel:
         votes=1,
         pair_budget=config.pair_budget,
     )
-    return Panel(SlowJudge(round_s), [], CopyRewriter(), settings)
+    panel = SlowPanel(SlowJudge(), [], CopyRewriter(), settings)
+    panel.round_s = round_s
+    return panel

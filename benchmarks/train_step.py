@@ -31,7 +31,8 @@ SIDES = {
 LEARNING_RATE = 1e-4
 
 
-def _architecture(payload: dict[str, Any]) -> dict[str, Any]:
+def architecture(payload: dict[str, Any]) -> dict[str, Any]:
+    """Options of our ModelConfig."""
     hidden = payload["hidden"]
     return {
         "num_layers": payload["layers"],
@@ -54,14 +55,15 @@ def _tokens(payload: dict[str, Any]) -> torch.Tensor:
 
 def initial_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What all sides start from, by Llama's names."""
-    weights: dict[str, torch.Tensor] = _llama(payload).state_dict()
+    weights: dict[str, torch.Tensor] = llama(payload).state_dict()
     return weights
 
 
-def _llama(payload: dict[str, Any]) -> Any:
+def llama(payload: dict[str, Any]) -> Any:
+    """transformers' model with the initial weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    a = _architecture(payload)
+    a = architecture(payload)
     torch.manual_seed(1)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -99,12 +101,12 @@ def _transformers_step(payload: dict[str, Any], model: Any, autocast: bool) -> S
 
 def theirs_transformers(payload: dict[str, Any]) -> Step:
     """See the module."""
-    return _transformers_step(payload, _llama(payload), autocast=payload["bf16"])
+    return _transformers_step(payload, llama(payload), autocast=payload["bf16"])
 
 
 def theirs_pure_bf16(payload: dict[str, Any]) -> Step:
     """See the module."""
-    return _transformers_step(payload, _llama(payload).to(torch.bfloat16), autocast=False)
+    return _transformers_step(payload, llama(payload).to(torch.bfloat16), autocast=False)
 
 
 def ours(payload: dict[str, Any]) -> Step:
@@ -120,7 +122,7 @@ def ours(payload: dict[str, Any]) -> Step:
     from tests.model.hf_weights import load_llama
 
     context = initialize(ParallelConfig(), seed=1)
-    config = ModelConfig(**_architecture(payload), bf16=payload["bf16"])
+    config = ModelConfig(**architecture(payload), bf16=payload["bf16"])
     chunks = build_model(config, payload["vocab_size"], context)
     load_llama(chunks, initial_weights(payload), config.resolve(), context)
     engine = Engine(
@@ -149,7 +151,7 @@ def theirs_megatron(payload: dict[str, Any]) -> Step:
     """See the module."""
     from benchmarks.plain_megatron import plain_megatron_step
 
-    return plain_megatron_step(payload, _architecture(payload), _tokens(payload), LEARNING_RATE)
+    return plain_megatron_step(payload, architecture(payload), _tokens(payload), LEARNING_RATE)
 
 
 def main() -> None:

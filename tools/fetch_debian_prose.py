@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.errors import DataError, SIPError
+from megatron_sip.errors import DataError
+from tools._exit import one_line
 from tools._help import HelpFormatter
 
 
@@ -98,11 +99,9 @@ def main() -> None:
     listing = "; ".join(f"{name}: {about}" for name, (about, _) in PACKAGES.items())
     parser.add_argument("--packages", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help=listing)
     options = parser.parse_args()
-    for package in options.packages:
-        try:
-            print(f"{package}: {fetch(package, options.output_dir) / 1e6:.1f} MB of text")
-        except (SIPError, OSError) as error:
-            sys.exit(f"fetch_debian_prose: {error}")
+    with one_line("fetch_debian_prose"):
+        for package in options.packages:
+            print(f"{package}: {fetch(package, options.output_dir) / 1e6:.1f} MB of text", flush=True)
 
 
 if __name__ == "__main__":

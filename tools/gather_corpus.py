@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.data.gather import DEFAULT_PACKAGES, DEFAULT_SPLITS, GatherReport, gather
 from megatron_sip.data.splits import parse_shares
-from megatron_sip.errors import DataError, SIPError
+from megatron_sip.errors import DataError
+from tools._exit import one_line
 from tools._help import HelpFormatter
 
 
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     shares = ",".join(f"{name}:{share}" for name, share in DEFAULT_SPLITS.items())
     parser.add_argument("--splits", default=shares, help=f"name:share,... (default: {shares})")
-    parser.add_argument("--min-chars", type=int, default=1500, help="join neighbours up to this length")
+    parser.add_argument("--min-chars", type=int, default=1500, help="join neighbours up to so many characters")
     parser.add_argument("--keep-prompts", action="store_true", help="keep interpreter sessions (>>> ...)")
     parser.add_argument("--min-megabytes", type=float, default=5.0, help="fail if less text than this is found")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
@@ -49,6 +50,8 @@ def show(report: GatherReport, elapsed_s: float) -> None:
             f"  {name:20} {count.version:12} {count.num_files:6} files {count.num_documents:6} documents "
             f"{count.num_chars / 1e6:7.2f} M characters"
         )
+    if report.missing:
+        print(f"  not installed: {', '.join(report.missing)}")
     for line in report.unreadable:
         print(f"  not read: {line}")
     for split, num_documents in report.documents.items():
@@ -63,7 +66,7 @@ def main() -> None:
     """Gather, report, and fail if there is too little."""
     options = parse_arguments()
     started = time.monotonic()
-    try:
+    with one_line("gather_corpus"):
         report = gather(
             options.output_dir,
             options.packages,
@@ -79,8 +82,6 @@ def main() -> None:
                 f"only {report.total_bytes / 1e6:.1f} MB of text found, --min-megabytes {options.min_megabytes}: "
                 "install more packages, or add text by --text-dir"
             )
-    except (SIPError, OSError) as error:
-        sys.exit(f"gather_corpus: {error}")
 
 
 if __name__ == "__main__":

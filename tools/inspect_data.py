@@ -14,10 +14,12 @@ import numpy as np
 from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
 from megatron_sip.data.card import card_svg, card_text, corpus_cards
 from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
-from megatron_sip.errors import SIPError
-from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-from megatron_sip.tokenizer.config import TOKENIZER_TYPES
+from megatron_sip.data.indexed import make_folder, write_text
+from megatron_sip.errors import ConfigurationError
+from megatron_sip.tokenizer import Tokenizer, build_tokenizer
+from tools._exit import one_line
 from tools._help import HelpFormatter
+from tools._tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,13 +35,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min-suffix-length", type=int, help="accept this at a document's end [--suffix-length]")
     parser.add_argument("--sample-cut", choices=SAMPLE_CUTS, default=defaults.sample_cut, help="as in training")
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
-    group.add_argument("--tokenizer-model", help="model file, or name or folder of a Hugging Face tokenizer")
-    group.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
-    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2")
-    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
-    group.add_argument("--tiktoken-special-tokens", nargs="+")
-    parser.add_argument("--num-samples", type=int, default=3, help="samples to decode")
+    add_tokenizer_flags(group)
+    parser.add_argument("--num-samples", type=int, default=3, help="samples to decode, 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="which samples")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths and sources")
     return parser.parse_args()
@@ -66,28 +63,21 @@ def main() -> None:
         min_suffix_length=options.min_suffix_length,
         sample_cut=options.sample_cut,
     )
-    try:
+    with one_line("inspect_data"):
         config.validate()
-        tokenizer = build_tokenizer(
-            TokenizerConfig(
-                tokenizer_type=options.tokenizer_type,
-                tokenizer_model=options.tokenizer_model,
-                vocab_size=options.vocab_size,
-                tiktoken_pattern=options.tiktoken_pattern,
-                tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
-                tiktoken_special_tokens=tuple(options.tiktoken_special_tokens or ()) or None,
-            )
-        )
+        if options.num_samples < 0:
+            raise ConfigurationError(f"--num-samples {options.num_samples}: must be at least 0")
+        if options.plot is not None:
+            make_folder(options.plot.parent)
+        tokenizer = build_tokenizer(tokenizer_config(options))
         corpora = open_corpora(options.data_path, tokenizer)
         cards = corpus_cards(corpora, parse_blend(options.data_path)[1], config)
         for card in cards:
             print(card_text(card, config))
         if options.plot is not None:
-            options.plot.write_text(card_svg(cards), encoding="utf-8")
+            write_text(options.plot, card_svg(cards))
         if options.num_samples:
             show_samples(options, config, tokenizer)
-    except (SIPError, OSError) as error:
-        sys.exit(f"inspect_data: {error}")
 
 
 if __name__ == "__main__":

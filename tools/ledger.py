@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sqlite3
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import orjson
 
 from megatron_sip.errors import SIPError
+from megatron_sip.teacher.ledger import REWRITER
 from megatron_sip.teacher.ledger.export import export_parquet
 from megatron_sip.teacher.ledger.reading import FAILURE_FILTERS, Filter, JudgeSummary, Reader, Row
 
 _SHOWN = ("criterion", "step", "sample_id", "options", "vote", "score", "failure", "latency_s", "model", "prompt")
+CRITERIA = ("quality", "safety", "factuality", "coherence", REWRITER)
 _PREFIX_CHARACTERS = 400
 _Number = TypeVar("_Number", int, float)
 
@@ -66,7 +69,7 @@ def parser() -> Parser:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("ledger", type=Path, help="path of --judge-ledger, or one of its files")
-        command.add_argument("--criterion", default="", help="quality, safety, factuality, coherence or rewriter")
+        command.add_argument("--criterion", choices=CRITERIA, default="", help="one criterion, or the rewriter")
         command.add_argument("--judge", default="", metavar="TEXT", help="part of the judge's or the model's name")
         command.add_argument("--scores", type=between(float), metavar="LOW:HIGH", help="range of scores, ends included")
         command.add_argument("--steps", type=between(int), metavar="FIRST:LAST", help="range of training steps")
@@ -91,7 +94,9 @@ def parser() -> Parser:
 def summary(reader: Reader, chosen: Filter) -> None:
     """A block of lines per judge."""
     found = reader.summary(chosen)
-    print(f"{reader.num_files} files, {reader.num_bytes / 2**20:.1f} MiB")
+    print(f"{reader.num_files} file{'s' * (reader.num_files != 1)}, {reader.num_bytes / 2**20:.1f} MiB")
+    if not found:
+        print("no such verdict")
     for (criterion, judge, model), entry in sorted(found.items()):
         print(f"\n{criterion}: {judge}, model {model}")
         for name, value in _figures(entry):
@@ -124,6 +129,9 @@ def query(reader: Reader, chosen: Filter, limit: int, as_json: bool) -> None:
             print(orjson.dumps({"replica": row.replica, **row.values, "raw": row.raw}).decode())
         return
     table = [_SHOWN, *(tuple(_cell(row, name) for name in _SHOWN) for row in rows)]
+    if len(table) == 1:
+        print("no such verdict")
+        return
     widths = [max(len(line[column]) for line in table) for column in range(len(_SHOWN))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -196,6 +204,9 @@ def main(argv: Sequence[str]) -> int:
         reader.close()
     except SIPError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except sqlite3.Error as error:
+        print(f"error: ledger {own.ledger} cannot be read ({error}): one of its files is damaged", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()

@@ -22,9 +22,10 @@ from megatron_sip.data.preprocess import PreprocessConfig, preprocess
 from megatron_sip.data.progress import PreprocessReport
 from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig
 from megatron_sip.data.sharded import NodePart, merge_shards, preprocess_shards
-from megatron_sip.errors import SIPError
-from megatron_sip.tokenizer.config import ENGINES, TOKENIZER_TYPES, TokenizerConfig
+from megatron_sip.tokenizer.config import ENGINES
+from tools._exit import one_line
 from tools._help import HelpFormatter
+from tools._tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,43 +33,75 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     data = parser.add_argument_group("input and output")
     data.add_argument(
-        "--input", nargs="+", required=True, help="files, folders or globs; .jsonl, .json, .parquet, .gz, .zst"
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders (searched through) or quoted globs: .jsonl, .json, both also .gz or .zst, and .parquet",
     )
     data.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="fields (dotted paths) to tokenize, one corpus each"
+        "--json-keys", nargs="+", default=["text"], help="fields to tokenize, by name or dotted path, one corpus each"
     )
     data.add_argument("--output-prefix", help="writes <prefix>_<key>_document.bin, .idx, .meta.json")
-    data.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="broken lines: stop, or count them")
-    data.add_argument("--source-field", help="field that names a document's source, for tools/inspect_data.py")
-    data.add_argument("--workers", type=int, default=1, help="processes that tokenize")
+    data.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="at a broken line stop, or leave it out and count it",
+    )
+    data.add_argument(
+        "--source-field", help="field with a document's source (meta.redpajama_set_name), for tools/inspect_data.py"
+    )
+    data.add_argument("--workers", type=int, default=1, help="processes that tokenize; at most one per core")
     data.add_argument("--log-interval", type=int, default=10_000, help="lines between progress lines")
     data.add_argument(
-        "--format", choices=FORMATS, default="auto", help="auto: by suffix; redpajama-v2: with side files"
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="auto: by the files' suffixes; redpajama-v2: documents/ with quality_signals/ and duplicates/ beside it",
     )
-    data.add_argument("--signals", choices=("required", "optional", "none"), default="required", help="of RedPajama-V2")
-    data.add_argument("--utf8-errors", choices=UTF8_RULES, default="fail", help="text that is not UTF-8")
-    data.add_argument("--max-line-mb", type=float, default=512, help="a longer line is broken")
     data.add_argument(
-        "--dry-run", type=int, metavar="LINES", help="show what the filter does to so many lines, and stop"
+        "--signals",
+        choices=("required", "optional", "none"),
+        default="required",
+        help="RedPajama-V2's quality signals: stop where a head or middle file has none, take it without, or read none",
+    )
+    data.add_argument(
+        "--utf8-errors",
+        choices=UTF8_RULES,
+        default="fail",
+        help="text that is not UTF-8: a broken line, U+FFFD in its place, or left out",
+    )
+    data.add_argument("--max-line-mb", type=float, default=512, help="a longer line counts as broken, in MB")
+    data.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="LINES",
+        help="show what the filter does to so many lines, spread over the files, and write nothing",
     )
     shards = parser.add_argument_group("shards")
     shards.add_argument("--output-dir", type=Path, help="one output shard per input file, resumable, with a manifest")
-    shards.add_argument("--shard-index", type=int, default=0, help="this node (Slurm: $SLURM_ARRAY_TASK_ID)")
-    shards.add_argument("--num-shards", type=int, default=1, help="nodes (Slurm: $SLURM_ARRAY_TASK_COUNT)")
+    shards.add_argument(
+        "--shard-index", type=int, default=0, help="number of this node, from 0 (Slurm: $SLURM_ARRAY_TASK_ID)"
+    )
+    shards.add_argument(
+        "--num-shards",
+        type=int,
+        default=1,
+        help="number of nodes that share the files (Slurm: $SLURM_ARRAY_TASK_COUNT)",
+    )
     shards.add_argument(
         "--verify", action="store_true", help="compare the checksums of finished shards, not only sizes"
     )
     shards.add_argument("--merge", action="store_true", help="join all shards of --output-dir into --output-prefix")
     _filter_flags(parser.add_argument_group("filter"))
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="SentencePieceTokenizer")
-    group.add_argument("--tokenizer-model", help="model file, or name or folder of a Hugging Face tokenizer")
-    group.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
-    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2")
-    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
-    group.add_argument("--tiktoken-special-tokens", nargs="+")
+    add_tokenizer_flags(group)
     group.add_argument(
-        "--tokenizer-engine", choices=ENGINES, default="library", help="gigatoken: the same ids, many times as fast"
+        "--tokenizer-engine",
+        choices=ENGINES,
+        default="auto",
+        help="what tokenizes: the tokenizer's own library; gigatoken (pip install gigatoken), which gives the same "
+        "ids, is compared with the library, and is many times as fast; auto: gigatoken where it is installed and can",
     )
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     options = parser.parse_args()
@@ -83,21 +116,37 @@ def parse_arguments() -> argparse.Namespace:
 
 def _filter_flags(group: argparse._ArgumentGroup) -> None:
     defaults = FilterConfig()
-    group.add_argument("--languages", nargs="+", default=[], help="keep documents of these languages")
-    group.add_argument("--language-field", default=defaults.language_field)
+    group.add_argument("--languages", nargs="+", default=[], help="keep documents of these languages: en de ...")
+    group.add_argument("--language-field", default=defaults.language_field, help="field with the language")
     group.add_argument("--buckets", nargs="+", default=[], help="keep these buckets of RedPajama-V2: head middle tail")
-    group.add_argument("--bucket-field", default=defaults.bucket_field)
+    group.add_argument("--bucket-field", default=defaults.bucket_field, help="field with the bucket")
     group.add_argument("--sets", nargs="+", default=[], help="keep these sets of SlimPajama: C4 Wikipedia ...")
-    group.add_argument("--set-field", default=defaults.set_field)
-    group.add_argument("--drop-duplicates", action="store_true", help="leave out RedPajama-V2's duplicates")
+    group.add_argument("--set-field", default=defaults.set_field, help="field with the set")
+    group.add_argument("--drop-duplicates", action="store_true", help="leave out what RedPajama-V2's duplicates/ lists")
     group.add_argument(
-        "--unsafe-subset", choices=UNSAFE_READINGS, default="off", help="the paper's unsafe subset, as its code or text"
+        "--unsafe-subset",
+        choices=UNSAFE_READINGS,
+        default="off",
+        help="keep the paper's unsafe subset of RedPajama-V2 as its code reads (curse words and blocklist), or as its "
+        "text does (or)",
     )
-    group.add_argument("--gopher", action="store_true", help="Gopher's quality rules")
-    group.add_argument("--predicate", help="module:function, called with the fields of a line, true to keep it")
-    group.add_argument("--splits", help="name:share,... cut by a stable hash; see --split")
+    group.add_argument(
+        "--gopher",
+        action="store_true",
+        help="keep what passes Gopher's quality rules (words, symbols, bullet points, stop words)",
+    )
+    group.add_argument(
+        "--predicate", help="module:function of yours, called with the fields of a line (a dict), true to keep it"
+    )
+    group.add_argument(
+        "--splits", help="name:share,... such as policy:0.9,test:0.1, cut by a stable hash; with --split"
+    )
     group.add_argument("--split", help="keep this one of --splits")
-    group.add_argument("--split-key", default=defaults.split_key, help="text, or the field to hash")
+    group.add_argument(
+        "--split-key",
+        default=defaults.split_key,
+        help="what is hashed: text (the first of --json-keys), or a field such as url",
+    )
     group.add_argument("--exclude", help="file of text hashes to leave out (tools/split_corpus.py writes them)")
 
 
@@ -122,15 +171,7 @@ def build_config(options: argparse.Namespace) -> PreprocessConfig:
     return PreprocessConfig(
         inputs=tuple(options.input),
         output_prefix=options.output_prefix or "",
-        tokenizer=TokenizerConfig(
-            tokenizer_type=options.tokenizer_type,
-            tokenizer_model=options.tokenizer_model,
-            vocab_size=options.vocab_size,
-            tiktoken_pattern=options.tiktoken_pattern,
-            tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
-            tiktoken_special_tokens=tuple(options.tiktoken_special_tokens or ()) or None,
-            tokenizer_engine=options.tokenizer_engine,
-        ),
+        tokenizer=tokenizer_config(options, options.tokenizer_engine),
         json_keys=tuple(options.json_keys),
         workers=options.workers,
         append_eod=options.append_eod,
@@ -212,10 +253,9 @@ def main() -> None:
     """Tokenize, and say where every line went."""
     signal.signal(signal.SIGTERM, _stop)
     options = parse_arguments()
-    try:
+    sys.path.append(str(Path.cwd()))  # where a user's --predicate lies
+    with one_line("preprocess_data"):
         run(options)
-    except (SIPError, OSError) as error:
-        sys.exit(f"preprocess_data: {error}")
 
 
 if __name__ == "__main__":

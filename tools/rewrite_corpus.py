@@ -6,13 +6,14 @@ tools/rewrite_corpus.py --input corpus.jsonl --output rewrites.0-of-4.jsonl --sh
 
 Each document is cut into chunks of --rewrite-suffix-length tokens; each chunk but the first is rewritten, with what
 stands before it as prefix. One JSON line per chunk: line, chunk, prefix, suffix, rewrite, status (rewritten, copied, or
-why there is none). Chunks that failed for the network's or the server's sake are not written: the same command again
-asks for those.
+why there is none). Chunks that failed for the network's or the server's sake, or for a wrong key or model name, are
+not written: the same command again asks for those. It ends early if nothing at all is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -31,9 +32,13 @@ from megatron_sip.data.readers import expand_inputs, read_batches
 from megatron_sip.errors import ConfigurationError, DataError, SIPError
 from megatron_sip.teacher.build import build_teacher
 from megatron_sip.teacher.config import TeacherConfig
-from megatron_sip.teacher.http.failures import SERVER, TRANSPORT, kind_of
+from megatron_sip.teacher.http.failures import REJECTED, SERVER, TRANSPORT, kind_of
+from megatron_sip.teacher.http.greeting import complaints
 from megatron_sip.teacher.interfaces import Passage, RewriteItem, RewriteRequest
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+
+_ASK_AGAIN = (TRANSPORT, SERVER, REJECTED)
+"""Of the servers and of how they are asked: a wrong key or model name is mended, and the chunk is asked again."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,14 @@ def main() -> None:
     """Rewrite what is left to do, and say what came of it."""
     try:
         options = load(RewriteOptions, sys.argv[1:], prog="rewrite_corpus.py")
+        roles = options.teacher.http_roles(judging=False)
+        for line in complaints(options.teacher, roles, os.environ.get(options.teacher.judge_api_key_env, "")):
+            print(f"warning: {line}", file=sys.stderr)
         counts = asyncio.run(rewrite(options))
     except (SIPError, OSError) as error:
         sys.exit(f"error: {error}")
     print(", ".join(f"{count:,} {status}" for status, count in sorted(counts.items())) or "nothing left to do")
-    if counts[TRANSPORT] + counts[SERVER]:
+    if any(counts[kind] for kind in _ASK_AGAIN):
         sys.exit("error: some chunks got no answer: run the same command again for them")
 
 
@@ -90,12 +98,13 @@ async def rewrite(options: RewriteOptions) -> Counter[str]:
         with path.open("ab") as output:
             for batch in _batches(options, tokenizer, done):
                 result = await teacher.rewrite(RewriteRequest(tuple(chunk.item for chunk in batch)))
-                records = []
+                records, failed = [], ""
                 for chunk, answer in zip(batch, result.rewrites, strict=True):
                     prefix, text = chunk.item.prefix, answer.text
                     status = "copied" if answer.copied else "rewritten" if text is not None else kind_of(answer.failure)
                     counts[status] += 1
-                    if status in (TRANSPORT, SERVER):
+                    if status in _ASK_AGAIN:
+                        failed = answer.failure
                         continue
                     if text is not None and not answer.copied:
                         ids = tokenizer.encode_continuation(text)[: options.rewrite_suffix_length]
@@ -105,6 +114,10 @@ async def rewrite(options: RewriteOptions) -> Counter[str]:
                     records.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
                 output.write(b"".join(records))
                 output.flush()
+                unanswered = f"; without an answer: {failed}" if failed else ""
+                print(f"{counts.total():,} chunks asked for{unanswered}", file=sys.stderr)
+                if not records:
+                    break
     finally:
         await teacher.aclose()
     return counts

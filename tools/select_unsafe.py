@@ -28,13 +28,14 @@ from megatron_sip.config.loader import load
 from megatron_sip.data.build import SUFFIX, build_loader
 from megatron_sip.data.config import DataConfig
 from megatron_sip.data.indexed import CorpusMeta, IndexedWriter
-from megatron_sip.errors import ConfigurationError, DataError, SIPError
+from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.evaluation.unsafe_set import MISSING, Journal, UnsafeSearch, counts_text
 from megatron_sip.teacher.build import build_teacher
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.http.failures import SERVER, TRANSPORT
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from megatron_sip.types import Sample
+from tools._exit import one_line
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def write_corpus(options: UnsafeOptions, tokenizer: Tokenizer, samples: Samples,
 
 def main() -> None:
     """Judge, keep, count."""
-    try:
+    with one_line("select_unsafe"):
         options = load(UnsafeOptions, sys.argv[1:], prog="select_unsafe.py")
         tokenizer = build_tokenizer(options.tokenizer)
         samples = Samples(options, tokenizer)
@@ -153,8 +154,6 @@ def main() -> None:
         num_open = asyncio.run(search(options, tokenizer, samples, journal))
         print(f"{sum(journal.counts.values()):,} prefixes judged: {counts_text(journal.counts)}")
         count = write_corpus(options, tokenizer, samples, journal)
-    except SIPError as error:
-        sys.exit(f"select_unsafe: {error}")
     print(f"wrote {count:,} of {options.num_prefixes:,} wanted prefixes to {options.output}")
     if num_open:
         sys.exit("select_unsafe: some votes got no answer: run the same command again for them")

@@ -10,16 +10,19 @@ FOLDER/<split>.txt is for tools/preprocess_data.py --exclude. The exit status is
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.data.readers import FORMATS, ReadConfig, expand_inputs, read_file
+from megatron_sip.data.indexed import make_folder, write_text
+from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig, expand_inputs, read_file
 from megatron_sip.data.records import BrokenLine, Record, parse_batch
 from megatron_sip.data.splits import OverlapReport, document_key, parse_shares, search_overlap, split_of
-from megatron_sip.errors import ConfigurationError, DataError, SIPError
+from megatron_sip.errors import ConfigurationError, DataError
+from tools._exit import one_line
 from tools._help import HelpFormatter
 
 
@@ -28,11 +31,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--split", action="append", default=[], metavar="NAME=PATH", help="files of a split; repeat it")
     parser.add_argument("--input", nargs="+", default=[], help="a corpus to cut by --splits")
-    parser.add_argument("--splits", help="name:share,...")
-    parser.add_argument("--split-key", default="text", help="text, or the field to hash")
+    parser.add_argument("--splits", help="name:share,... such as policy:0.9,test:0.1")
+    parser.add_argument("--split-key", default="text", help="what --splits hashes: text, or a field such as url")
     parser.add_argument("--json-key", default="text", help="the field that holds the text")
-    parser.add_argument("--format", choices=FORMATS, default="auto")
-    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="broken lines")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="auto: by the files' suffixes")
+    parser.add_argument(
+        "--on-error", choices=("fail", "skip"), default="fail", help="at a broken line stop, or leave it out and say so"
+    )
+    parser.add_argument(
+        "--utf8-errors", choices=UTF8_RULES, default="fail", help="text that is not UTF-8: as in preprocess_data.py"
+    )
     parser.add_argument("--ngram", type=int, default=8, help="words that must agree in a row")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="part of a document's n-grams that makes it a copy"
@@ -47,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def records(path: Path, options: argparse.Namespace) -> Iterator[Record]:
     """Documents of a file. Raises ``DataError`` for a broken line under ``--on-error fail``."""
-    read = ReadConfig(format=options.format, signals="none")
+    read = ReadConfig(format=options.format, signals="none", utf8_errors=options.utf8_errors)
     for batch in read_file(path, read):
         for item in parse_batch(batch, (options.json_key,), read):
             if isinstance(item, BrokenLine):
@@ -56,6 +64,20 @@ def records(path: Path, options: argparse.Namespace) -> Iterator[Record]:
                 print(f"left out: {path}:{item.number}: {item.message}", file=sys.stderr)
             elif item is not None:
                 yield item
+
+
+def split_names(options: argparse.Namespace) -> list[str]:
+    """The splits that are named. Raises ``ConfigurationError`` for fewer than two: they prove nothing."""
+    if options.input:
+        names = list(parse_shares(options.splits))
+    else:
+        names = list(dict.fromkeys(entry.partition("=")[0] for entry in options.split))
+    if len(names) < 2:
+        raise ConfigurationError(f"only the split {names[0]!r} is named: give two or more to compare")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise ConfigurationError(f"split {name!r}: a name is made of letters, digits, dots, - and _")
+    return names
 
 
 def documents(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
@@ -95,16 +117,19 @@ def show(report: OverlapReport, options: argparse.Namespace) -> None:
 def main() -> None:
     """Compare, report, and fail if splits overlap."""
     options = parse_arguments()
-    try:
+    with one_line("split_corpus"):
+        names = split_names(options)
+        if options.write_exclusions is not None:
+            make_folder(options.write_exclusions)
         report = search_overlap(documents(options), options.ngram, options.sample_rate, options.threshold)
+        for name in names:
+            if not report.num_documents.get(name):
+                raise DataError(f"split {name!r} has no document: nothing is proved; give it files, or leave it out")
         show(report, options)
         if options.write_exclusions is not None:
-            options.write_exclusions.mkdir(parents=True, exist_ok=True)
             for name, hashes in report.exclusions.items():
-                (options.write_exclusions / f"{name}.txt").write_text("".join(f"{text}\n" for text in hashes))
+                write_text(options.write_exclusions / f"{name}.txt", "".join(f"{text}\n" for text in hashes))
                 print(f"leave {len(hashes):,} out of {name}: --exclude {options.write_exclusions / name}.txt")
-    except (SIPError, OSError) as error:
-        sys.exit(f"split_corpus: {error}")
     if report.overlapping:
         sys.exit(1)
 

@@ -193,13 +193,18 @@ def _length_bars(card: CorpusCard, top: int, width: int, height: int) -> list[st
         f"({card.num_windows:,} next-token, {card.num_suffixes:,} prefix/suffix samples)</text>"
     ]
     for column, (start, count) in enumerate(card.histogram):
-        size = (height - 40) * count / most
+        size = (height - 54) * count / most
         parts.append(
             f'<rect class="length" x="{column * step + 2:.1f}" y="{top + height - 14 - size:.1f}" '
             f'width="{step - 4:.1f}" height="{size:.1f}" fill="#4878a8">'
             f"<title>{count} of {start} to {2 * start - 1}</title></rect>"
-            f'<text x="{column * step + 2:.1f}" y="{top + height}" font-size="10">{start}</text>'
+            f'<text x="{column * step + 2:.1f}" y="{top + height}" font-size="10">{start:,}</text>'
         )
+        if count:
+            parts.append(
+                f'<text class="count" x="{(column + 0.5) * step:.1f}" y="{top + height - 17 - size:.1f}" '
+                f'font-size="10" text-anchor="middle">{count:,}</text>'
+            )
     return parts
 
 

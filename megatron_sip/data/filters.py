@@ -158,7 +158,9 @@ def _load_predicate(name: str) -> Rule:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"--predicate {name}: {error}; put its folder on PYTHONPATH") from error
+        raise ConfigurationError(
+            f"--predicate {name}: {error}; run in its folder, or put that on PYTHONPATH"
+        ) from error
 
     def rule(record: Record) -> bool:
         try:

@@ -14,9 +14,10 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_sip.data.docstrings import Deduplicator, docstring_groups, without_prompts
+from megatron_sip.data.indexed import make_folder, write_text
 from megatron_sip.data.splits import split_of
 from megatron_sip.data.workers import WorkerLost, WorkerPool
-from megatron_sip.errors import DataError
+from megatron_sip.errors import ConfigurationError, DataError
 
 STANDARD_LIBRARY = "stdlib"
 DEFAULT_PACKAGES = (
@@ -54,6 +55,8 @@ class GatherReport:
     """UTF-8 bytes of text per split."""
     sources: dict[str, SourceCount] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Packages of which no Python file was found."""
     num_removed_chars: int = 0
 
     @property
@@ -161,9 +164,15 @@ def gather(
     A document's split follows from the file it begins in, and a paragraph is kept only where it comes first, so that
     splits share neither documents nor paragraphs. The same packages give the same files, byte for byte.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)  # first: gathering takes a while
+    if workers is not None and workers < 1:
+        raise ConfigurationError(f"--workers {workers}: must be at least 1")
+    for folder in text_dirs:
+        if not folder.is_dir():
+            raise ConfigurationError(f"--text-dir {folder}: no such folder")
+    make_folder(output_dir)  # first: gathering takes a while
     sources = find_sources(packages)
     report = GatherReport()
+    report.missing = [name for name in packages if all(source.package != name for source in sources)]
     tasks = (sources[start : start + _FILES_PER_TASK] for start in range(0, len(sources), _FILES_PER_TASK))
     pool: WorkerPool[Sequence[_Source], list[list[str] | str]]
     try:
@@ -222,13 +231,11 @@ def _write(output_dir: Path, documents: Sequence[_Piece], shares: Mapping[str, f
         report.num_bytes[split] = report.num_bytes.get(split, 0) + len(piece.text.encode())
     for split, rows in lines.items():
         if not rows:
-            raise DataError(f"split {split!r} got no document of {len(documents)}; gather more text or raise its share")
-        _replace(output_dir / f"{split}.jsonl", "".join(line + "\n" for _, line in sorted(rows)))
+            absent = f" (packages not installed: {', '.join(report.missing)})" if report.missing else ""
+            raise DataError(
+                f"split {split!r} got no document of {len(documents)}{absent}; gather more text or raise its share"
+            )
+    for split, rows in lines.items():
+        write_text(output_dir / f"{split}.jsonl", "".join(line + "\n" for _, line in sorted(rows)))
     listing = {name: vars(count) for name, count in sorted(report.sources.items())}
-    _replace(output_dir / "sources.json", json.dumps(listing, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(text, encoding="utf-8")
-    os.replace(partial_path, path)
+    write_text(output_dir / "sources.json", json.dumps(listing, indent=1) + "\n")

@@ -54,6 +54,8 @@ class CorpusMeta:
     num_skipped: int = 0
     """Input lines that were left out for an error, counted so that none is lost in silence."""
     num_empty: int = 0
+    tokenizer_engine: str = ""
+    """Library that tokenized, and its version; several where shards were made by several."""
     format_version: int = _FORMAT_VERSION
 
 
@@ -84,6 +86,28 @@ def cannot_write(path: Path, error: OSError) -> DataError:
     return DataError(
         f"{path} cannot be written ({error.strerror}): choose another place, or get the right to write there"
     )
+
+
+def make_folder(path: Path) -> None:
+    """A folder to write to. Raises ``DataError`` if it cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    if not os.access(path, os.W_OK):
+        raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises ``DataError``."""
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
 
 
 class IndexedWriter:

@@ -73,6 +73,12 @@ class PreprocessConfig:
         return replace(self.read, columns=(*self.json_keys, *fields, *source))
 
 
+def engine_line(tokenizer: Tokenizer) -> str:
+    """What tokenizes, for the log."""
+    reason = f" (not by gigatoken: {tokenizer.engine_reason})" if tokenizer.engine_reason else ""
+    return f"tokenizing by {tokenizer.engine or type(tokenizer).__name__}{reason}"
+
+
 def start_encoder(config: PreprocessConfig) -> LineEncoder:
     """What a worker answers batches of lines with."""
     return config.encoder(build_tokenizer(config.tokenizer))
@@ -104,6 +110,7 @@ def preprocess(config: PreprocessConfig, log: Callable[[str], None] = print) -> 
     paths = expand_inputs(config.inputs)
     tokenizer = build_tokenizer(config.tokenizer)
     config.encoder(tokenizer)  # says here what is wrong with the filter, and not in every worker
+    log(engine_line(tokenizer))
     report = PreprocessReport(num_empty=dict.fromkeys(config.json_keys, 0))
     progress = Progress(sum(path.stat().st_size for path in paths), config.log_interval, log)
     with ExitStack() as stack:
@@ -151,4 +158,5 @@ def corpus_meta(
         num_text_bytes=report.num_text_bytes,
         num_skipped=report.num_errors,
         num_empty=num_empty,
+        tokenizer_engine=tokenizer.engine,
     )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sip.data.indexed import CorpusMeta, IndexedWriter, open_indexed, read_meta
-from megatron_sip.data.preprocess import PreprocessConfig, nothing_found
+from megatron_sip.data.preprocess import PreprocessConfig, engine_line, nothing_found
 from megatron_sip.data.progress import PreprocessReport, Progress
 from megatron_sip.data.shards import (
     NUM_COUNTERS,
@@ -108,6 +108,7 @@ def preprocess_shards(
     if verify:
         for shard in to_do:  # the worker compares sizes only
             plan.done_path(shard).unlink(missing_ok=True)
+    log(engine_line(tokenizer))
     log(f"{len(mine)} of {len(plan.shards)} shards are this node's, {len(mine) - len(to_do)} of them done before")
     progress = Progress(sum(shard.num_bytes for shard in to_do), config.log_interval, log)
     run = _run_here if config.workers == 1 else _run
@@ -206,10 +207,10 @@ def _merge(prefixes: Sequence[str], output: str, tokenizer: Tokenizer, total: Pr
     with IndexedWriter(output, tokenizer.vocab_size) as writer:
         for prefix in prefixes:
             _append(writer, prefix, tokenizer)
-        first = read_meta(prefixes[0])
-        assert first is not None
+        metas = [meta for meta in map(read_meta, prefixes) if meta is not None]
         merged: CorpusMeta = replace(
-            first,
+            metas[0],
+            tokenizer_engine=", ".join(sorted({meta.tokenizer_engine for meta in metas})),
             num_documents=writer.num_documents,
             num_tokens=writer.num_tokens,
             num_text_bytes=total.num_text_bytes,

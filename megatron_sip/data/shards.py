@@ -232,7 +232,7 @@ def write_shard(
                     writer.close(corpus_meta(config, tokenizer, writer, report, report.num_empty[key]))
                 else:
                     writer.discard()
-        write_json(plan.done_path(shard), _note(plan, shard, report))
+        write_json(plan.done_path(shard), _note(plan, shard, report, tokenizer.engine))
 
 
 def _advance(counters: NDArray[np.int64], batch: EncodedBatch, num_bytes_read: int) -> None:
@@ -241,12 +241,13 @@ def _advance(counters: NDArray[np.int64], batch: EncodedBatch, num_bytes_read: i
     counters += steps
 
 
-def _note(plan: ShardPlan, shard: Shard, report: PreprocessReport) -> dict[str, Any]:
+def _note(plan: ShardPlan, shard: Shard, report: PreprocessReport, engine: str) -> dict[str, Any]:
     files = [Path(plan.prefix(shard, key) + suffix) for key in report.num_tokens for suffix in _SUFFIXES]
     counts = asdict(report)
     del counts["elapsed_s"]
     return {
         "source": str(shard.source),
+        "tokenizer_engine": engine,
         "counts": counts,
         "files": {
             path.name: {"num_bytes": path.stat().st_size, "sha256": checksum(path)} for path in files if path.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -36,6 +37,21 @@ def release_cached_memory(device: torch.device) -> None:
 def pin(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host tensor in page-locked memory, from which copies to ``device`` run in the background; on CPU itself."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``function`` as a call that repeats its kernels on the same memory, without launching them one by one.
+
+    On CUDA a graph (torch.cuda.CUDAGraph): ``function`` is traced now, not run; whatever it reads and writes outside
+    must be tensors that stay where they are, and nothing in it may wait for the device. On CPU ``function`` itself.
+    """
+    if device.type != "cuda":
+        return function
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog asks for events from its own thread, which a capture of the whole process would not survive.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_sip.errors import DataError
+from megatron_sip.data.indexed import cannot_write, make_folder
+from megatron_sip.errors import DataError, JudgeError
+from megatron_sip.teacher.http.failures import TRANSPORT
 from megatron_sip.teacher.interfaces import JudgeGroup, JudgeRequest, JudgeResult, Passage, Teacher
 from megatron_sip.types import Sample
 
@@ -49,11 +51,14 @@ class Journal:
         self.path = path
         self.verdicts: dict[int, PrefixVerdict] = {}
         head = orjson.dumps({"question": question}, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SORT_KEYS)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         data = path.read_bytes() if path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]  # what a killed run did not finish is cut off
         if not whole:
-            path.write_bytes(head)
+            try:
+                path.write_bytes(head)
+            except OSError as error:
+                raise cannot_write(path, error) from None
             return
         if len(whole) < len(data):
             with path.open("r+b") as file:
@@ -70,8 +75,11 @@ class Journal:
 
     def add(self, verdicts: Sequence[PrefixVerdict]) -> None:
         self.verdicts |= {verdict.sample: verdict for verdict in verdicts}
-        with self.path.open("ab") as file:
-            file.write(b"".join(orjson.dumps(v, option=orjson.OPT_APPEND_NEWLINE) for v in verdicts))
+        try:
+            with self.path.open("ab") as file:
+                file.write(b"".join(orjson.dumps(v, option=orjson.OPT_APPEND_NEWLINE) for v in verdicts))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
 
     def is_done(self, sample: int) -> bool:
         """Whether a prefix has all its votes."""
@@ -101,7 +109,10 @@ class UnsafeSearch:
     """Failed votes of this run, per kind."""
 
     async def run(self, num_samples: int, num_wanted: int, at_a_time: int, log: Callable[[str], None]) -> None:
-        """Ask for whatever is not in the journal yet, ``at_a_time`` prefixes at once."""
+        """Ask for whatever is not in the journal yet, ``at_a_time`` prefixes at once.
+
+        Raises ``JudgeError`` when nothing of a round comes through to the judge: the rest would not either.
+        """
         for first in range(0, num_samples, at_a_time):
             samples = self.read(first, min(at_a_time, num_samples - first))
             # Ended where an undisturbed run would end: after the same samples.
@@ -121,7 +132,13 @@ class UnsafeSearch:
             groups.append(JudgeGroup(sample.sample_id, prefix, Passage(np.zeros(0, int), ""), (prefix,), ("suffix",)))
         result = await self.teacher.judge(JudgeRequest(tuple(groups), learn=False))
         self.failures.update(result.failures)
-        return self._verdicts(samples, groups, result)
+        verdicts = self._verdicts(samples, groups, result)
+        if set(result.failures) == {TRANSPORT} and not any(verdict.num_votes for verdict in verdicts):
+            raise JudgeError(
+                f"none of {result.failures[TRANSPORT]:,} requests came through to the judge: see that its servers run, "
+                "then give the same command again"
+            )
+        return verdicts
 
     def _verdicts(
         self, samples: Sequence[Sample], groups: Sequence[JudgeGroup], result: JudgeResult

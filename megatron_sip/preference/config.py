@@ -11,6 +11,9 @@ from megatron_sip.types import CandidateKind
 
 _KINDS = tuple(kind.value for kind in CandidateKind)
 
+PREFIX_BUCKET = 64
+"""Prefix blocks of training rows are multiples of this many tokens (``preference.rows``)."""
+
 
 @dataclass(frozen=True)
 class PreferenceConfig:

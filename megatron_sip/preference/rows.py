@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megatron_sip.preference.config import PREFIX_BUCKET
 from megatron_sip.types import Candidate, CandidateGroup, FloatArray, IntArray, Preference, RowBatch, RowLayout
 
 _NO_TOKENS: IntArray = np.zeros(0, dtype=np.int64)
-PREFIX_BUCKET = 64
-"""Prefix blocks are multiples of this many tokens."""
 
 
 @dataclass(frozen=True)

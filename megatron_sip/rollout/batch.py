@@ -1,7 +1,7 @@
-"""Host-side bookkeeping of rows that are decoded together.
+"""Host-side bookkeeping of a rectangle of rows that began together: which are where, how long each is, which are done.
 
 G  prefixes (groups)      K  slots of a group: its rollouts, and idle slots where it has fewer than another group
-R  rows in the batch, G * K, group by group         n  rollouts of the batch         T  most new tokens
+R  rows, G * K, group by group         n  rollouts of the batch         T  most new tokens
 """
 
 from __future__ import annotations
@@ -18,38 +18,10 @@ _COMPACTION_SHARE = 0.75
 """Finished rows leave when that shrinks the batch to this share: moving the cache costs about one decode step."""
 
 
-def plan_batches(requests: Sequence[GenerationRequest], max_rows: int) -> list[list[int]]:
-    """Cuts requests into batches of up to ``max_rows`` rows, a request at least: lists of indices into ``requests``.
-
-    Requests of like prefix length stand together, longest first, for low padding; greedy and sampled ones apart.
-    """
-    order = sorted(
-        range(len(requests)), key=lambda index: (_sampling_class(requests[index]), -len(requests[index].prefix), index)
-    )
-    batches: list[list[int]] = []
-    for index in order:
-        request = requests[index]
-        current = batches[-1] if batches else []
-        rows = (len(current) + 1) * max([request.num_rollouts, *(requests[other].num_rollouts for other in current)])
-        alike = bool(current) and _sampling_class(requests[current[0]]) == _sampling_class(request)
-        if alike and rows <= max_rows:
-            current.append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def _sampling_class(request: GenerationRequest) -> tuple[bool, tuple[float, float, int]]:
-    sampling = request.sampling
-    return request.greedy, (sampling.temperature, sampling.top_p, sampling.top_k) if sampling else (-1.0, 0.0, 0)
-
-
 class RolloutBatch:
-    """The rows of one batch: which rollout is in which slot, what each has generated, which are done."""
+    """The rows of some requests: which rollout is in which slot, how many tokens each has, which are done."""
 
-    def __init__(self, requests: Sequence[GenerationRequest], eod: int | None) -> None:
-        """``eod``: the token that ends a rollout, None to go on to the limit."""
-        self._eod = eod
+    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
         counts = np.array([request.num_rollouts for request in requests])
         num_groups, num_slots = len(requests), int(counts.max())
         self.prefix_lengths = np.array([len(request.prefix) for request in requests])
@@ -60,9 +32,13 @@ class RolloutBatch:
         self._rollout_of = first[:, None] + np.minimum(slots, counts[:, None] - 1)
         """int64 [G, K]: an idle slot stands in for its group's last rollout."""
         self._limits = np.repeat([request.max_new_tokens for request in requests], counts)
-        self._tokens = np.zeros((int(counts.sum()), self.max_new_tokens), dtype=np.int64)
-        self._lengths = np.zeros(len(self._tokens), dtype=np.int64)
+        self._lengths = np.zeros(int(counts.sum()), dtype=np.int64)
         self._counts = counts
+
+    @property
+    def num_rollouts(self) -> int:
+        """n."""
+        return len(self._lengths)
 
     @property
     def max_new_tokens(self) -> int:
@@ -84,29 +60,23 @@ class RolloutBatch:
         return not self._active.any()
 
     @property
-    def active_rows(self) -> NDArray[np.int64]:
-        """Rows that still generate, ascending."""
-        return np.flatnonzero(self._active)
-
-    @property
-    def active_rollouts(self) -> NDArray[np.int64]:
-        """The rollout, in 0..n-1, of each active row."""
-        return self._rollout_of[self._active]
-
-    @property
     def rollout_of_rows(self) -> NDArray[np.int64]:
         """int64 [R]: in 0..n-1, for idle rows too."""
         return self._rollout_of.ravel()
 
-    def accept(self, tokens: NDArray[np.int64]) -> None:
-        """Takes the token that each row (int64 [R]) has generated; those of finished and idle rows are dropped."""
-        rows, rollouts = self.active_rows, self.active_rollouts
-        generated = tokens[rows]
-        self._tokens[rollouts, self._lengths[rollouts]] = generated
+    @property
+    def column_of_rows(self) -> NDArray[np.int64]:
+        """int64 [R]: the rollout that a row is writing, n for idle rows."""
+        return np.where(self._active, self._rollout_of, self.num_rollouts).ravel()
+
+    def advance(self, ended: NDArray[np.bool_] | None) -> None:
+        """Each row has generated a token; ``ended``, bool [R]: whether it was the one that ends a rollout."""
+        rows = np.flatnonzero(self._active)
+        rollouts = self._rollout_of[self._active]
         self._lengths[rollouts] += 1
         done = self._lengths[rollouts] >= self._limits[rollouts]
-        if self._eod is not None:
-            done |= generated == self._eod
+        if ended is not None:
+            done |= ended[rows]
         self._active.ravel()[rows[done]] = False
 
     def compact(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -122,11 +92,11 @@ class RolloutBatch:
         self.prefix_lengths = self.prefix_lengths[groups]
         return groups, slots
 
-    def results(self) -> list[list[NDArray[np.int64]]]:
-        """The tokens of each rollout of each request."""
-        trimmed = [tokens[:length].copy() for tokens, length in zip(self._tokens, self._lengths, strict=True)]
+    def by_request(self, table: NDArray[np.generic]) -> list[list[NDArray[np.generic]]]:
+        """The columns of ``table`` [T, n], each as long as its rollout, request by request."""
+        columns = [table[:length, column].copy() for column, length in enumerate(self._lengths)]
         ends = np.cumsum(self._counts)
-        return [trimmed[end - count : end] for end, count in zip(ends, self._counts, strict=True)]
+        return [columns[end - count : end] for end, count in zip(ends, self._counts, strict=True)]
 
 
 def batch_uniforms(requests: Sequence[GenerationRequest], num_tokens: int) -> NDArray[np.float64]:

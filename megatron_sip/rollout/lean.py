@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sip.distributed import linear
 from megatron_sip.rollout.weights import LayerWeights, StageWeights
 from megatron_sip.types import AttentionPlan
 
@@ -63,18 +64,18 @@ class LeanStage:
     def layers(self, hidden: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
         """[s, b, H] -> [s, b, H]."""
         for layer in self._weights.layers:
-            mixed = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            mixed = linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
             attended = plan.attend(layer.number, *self._split(mixed, layer, rotation))
-            hidden = hidden + self._sum(F.linear(attended, layer.proj))
-            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.fc1).chunk(2, dim=-1)
-            hidden = hidden + self._sum(F.linear(F.silu(gate) * up, layer.fc2))
+            hidden = hidden + self._sum(linear(attended, layer.proj))
+            gate, up = linear(self._norm(hidden, layer.mlp_norm), layer.fc1).chunk(2, dim=-1)
+            hidden = hidden + self._sum(linear(F.silu(gate) * up, layer.fc2))
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, H] -> [n, v], padded columns as they come; for the last stage."""
         weights = self._weights
         assert weights.final_norm is not None and weights.output is not None
-        return F.linear(self._norm(hidden, weights.final_norm), weights.output)
+        return linear(self._norm(hidden, weights.final_norm), weights.output)
 
     def _split(
         self, mixed: torch.Tensor, layer: LayerWeights, rotation: Rotation

@@ -60,6 +60,21 @@ class StageChain:
         and NCCL pairs these by their order."""
         return self._context.pp_size if len(self._chunks) == 1 else 1
 
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last stage."""
+        return self._context.is_last_stage
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing is sent between stages."""
+        return self._context.pp_size == 1
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a pass is always the same kernels: Megatron's modules may decide on the host, sends have peers."""
+        return self.is_alone and not self._by_modules
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """No gradients, no dropout, no recomputation inside; the weights are those of the moment of entry."""

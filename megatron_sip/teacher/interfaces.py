@@ -77,6 +77,8 @@ class JudgeResult:
     """Per call."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Missing verdicts per kind of failure (``megatron_sip.teacher.http.failures``; "other" for embedded judges)."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """Of each kind of failure one, word for word."""
     remote: Mapping[str, int] = field(default_factory=dict)
     """What the client counted since the last result: requests, attempts, retries, hedges, ..."""
 
@@ -205,6 +207,11 @@ class ModelSource(Protocol):
 
 class Teacher(Protocol):
     """What a teacher process serves."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether its state depends on the requests that are under way: running statistics do, a ledger does not."""
+        ...
 
     async def judge(self, request: JudgeRequest) -> JudgeResult: ...
 

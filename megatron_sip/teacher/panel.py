@@ -67,6 +67,7 @@ class _Tally:
     num_both_orders: int = 0
     num_flips: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -107,6 +108,10 @@ class Panel:
         self._running: dict[str, RunningJudge] = {j.criterion: j for j in judges if isinstance(j, RunningJudge)}
         self._order = asyncio.Lock()
 
+    @property
+    def learns(self) -> bool:
+        return bool(self._running)
+
     async def judge(self, request: JudgeRequest) -> JudgeResult:
         if not self._running:
             return await self._judge(request)
@@ -128,7 +133,7 @@ class Panel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for criterion, judge in self._running.items():
             judge.load_state_dict(state.get(criterion, {}))
-        self._source.load_state_dict(state.get("verdicts", {}))
+        self._source.load_state_dict({**state.get("verdicts", {}), **state.get("again", {})})
 
     async def aclose(self) -> None:
         if self._remote is not None:
@@ -148,6 +153,7 @@ class Panel:
             num_flips=tally.num_flips,
             latencies_s=np.array(tally.latencies_s),
             failures=dict(tally.failures),
+            examples=tally.examples,
             remote=self._take_remote_counts(),
         )
 
@@ -252,7 +258,10 @@ class Panel:
         counts.num_calls += len(verdicts)
         missing = [v for v in verdicts if np.isnan(v.score)]
         counts.num_failures += len(missing)
-        tally.failures.update(kind_of(v.failure) for v in missing)
+        for verdict in missing:
+            kind = kind_of(verdict.failure)
+            tally.failures[kind] += 1
+            tally.examples.setdefault(kind, verdict.failure)
         tally.latencies_s += [v.latency_s for v in verdicts]
 
 

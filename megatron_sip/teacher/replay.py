@@ -18,10 +18,10 @@ from megatron_sip.teacher.interfaces import (
     Rewriter,
     Verdict,
 )
-from megatron_sip.teacher.ledger import Archive, Asked, Context, Recorded
+from megatron_sip.teacher.ledger import REWRITER, Archive, Asked, Context, Recorded
 from megatron_sip.teacher.overuse import History
 from megatron_sip.teacher.quality import QualityRecipe, ngram_identity, ngram_prompt_hash
-from megatron_sip.teacher.sources import REWRITER, Given, asked_of, rewrite_key, rewrite_of
+from megatron_sip.teacher.sources import Given, asked_of, rewrite_key, rewrite_of
 
 _REMEMBERED = 500_000
 """Votes: some steps of the paper's size on one replica."""
@@ -35,7 +35,7 @@ class Replay:
         self._archive = archive
         self._replica = replica
         self._failed: Counter[str] = Counter()
-        """Per vote, how many of its recorded failures were met."""
+        """Per vote of a group in a step, how many of its recorded failures were met."""
         self._answered: dict[int, None] = {}
         """Votes that were answered lately, the oldest first."""
 
@@ -44,12 +44,14 @@ class Replay:
         recorded = self._archive.find(judge.criterion, identity, set(asked))
         given: dict[Asked, Verdict] = {}
         for key, question in zip(asked, questions, strict=True):
-            if key not in recorded:
+            if key in given:
+                continue
+            verdict = self.next_of(judge.criterion, key, recorded.get(key, ()), context.step, context.sample_id)
+            if verdict is None:
                 candidates = " and ".join(map(str, question.options))
                 what = f"{judge.criterion} of sample {context.sample_id}, candidate {candidates}, vote {question.vote}"
                 raise JudgeError(self._not_found(judge.criterion, identity, what))
-            if key not in given:
-                given[key] = self.next_of(judge.criterion, key, recorded[key])
+            given[key] = verdict
         calls = {key for key in given if not self._answered_before((judge.criterion, identity, key), given[key])}
         answers = []
         for key in asked:
@@ -73,23 +75,34 @@ class Replay:
         """Rules are run again; what a model wrote was recorded."""
         if not isinstance(rewriter, RecordableRewriter):
             return await rewriter.rewrite(items)
-        return [self._rewrite(rewriter, item) for item in items]
+        return [self._rewrite(rewriter, item, step) for item in items]
 
-    def _rewrite(self, rewriter: RecordableRewriter, item: RewriteItem) -> Rewrite:
+    def _rewrite(self, rewriter: RecordableRewriter, item: RewriteItem, step: int | None) -> Rewrite:
         identity, key = rewriter.identity(), rewrite_key(rewriter, item)
         recorded = self._archive.find(REWRITER, identity, {key}, with_raw=True)
-        if key not in recorded:
+        verdict = self.next_of(REWRITER, key, recorded.get(key, ()), step, item.sample_id)
+        if verdict is None:
             raise JudgeError(self._not_found(REWRITER, identity, f"the rewrite of sample {item.sample_id}"))
-        return rewrite_of(self.next_of(REWRITER, key, recorded[key]), item)
+        return rewrite_of(verdict, item)
 
-    def next_of(self, criterion: str, key: Asked, recorded: Sequence[Recorded]) -> Verdict:
-        """The verdict that the recorded run met at this point: its failures one after another, then its answer."""
-        own = [entry for entry in recorded if entry.replica == self._replica] or recorded
-        name = f"{criterion} {key.prompt.hex()} {key.vote}"
-        verdict = own[min(self._failed[name], len(own) - 1)].verdict
-        if verdict.failure:
+    def next_of(
+        self, criterion: str, key: Asked, recorded: Sequence[Recorded], step: int | None, sample_id: int
+    ) -> Verdict | None:
+        """What the recorded run met at this point: the failures of this group in this step one after another, then the
+        vote's answer; None if it met no more.
+
+        Failures of other steps and groups do not count, so that a replay may begin at any checkpoint.
+        """
+        own = [entry.verdict for entry in recorded if (entry.step, entry.sample_id) == (step, sample_id)]
+        failures = [verdict for verdict in own if verdict.failure]
+        name = f"{criterion} {key.prompt.hex()} {key.vote} {step} {sample_id}"
+        if self._failed[name] < len(failures):
             self._failed[name] += 1
-        return verdict
+            return failures[self._failed[name] - 1]
+        # Replicas do not know of each other: each may have an answer of its own.
+        nearest = sorted(recorded, key=lambda entry: entry.replica != self._replica)
+        answers = own + [entry.verdict for entry in nearest]
+        return next((verdict for verdict in answers if not verdict.failure), None)
 
     def _not_found(self, criterion: str, identity: JudgeIdentity, what: str) -> str:
         if identity not in self._archive.identities(criterion):
@@ -100,10 +113,10 @@ class Replay:
         return f"replay-judgments {self._archive.base} lacks {what}: {why}, or leave out --replay-judgments"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"failed": dict(self._failed)}
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._failed = Counter(state.get("failed", {}))
+        """Steps whose verdicts a checkpoint lacks are asked from their beginning."""
 
     def close(self) -> None:
         self._archive.close()

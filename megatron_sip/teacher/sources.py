@@ -18,10 +18,8 @@ from megatron_sip.teacher.interfaces import (
     Rewriter,
     Verdict,
 )
-from megatron_sip.teacher.ledger import Asked, Context, Ledger, prompt_key
+from megatron_sip.teacher.ledger import REWRITER, Asked, Context, Ledger, prompt_key
 
-REWRITER = "rewriter"
-"""Criterion under which rewrites are kept; their score is 1 for a copy of the suffix, else 0."""
 NAN = float("nan")
 _Key = tuple[str, JudgeIdentity, Asked]
 

@@ -69,8 +69,8 @@ async def _serve(connection: Connection, teacher: Teacher) -> None:
             task.add_done_callback(tasks.discard)
         elif isinstance(message, GetState | SetState):
             # The state after all that was submitted before, so that it does not depend on timing. Without running
-            # statistics there is nothing to wait for: a checkpoint does not wait for a slow judge.
-            if teacher.state_dict():
+            # statistics there is nothing to wait for: a checkpoint does not wait for a slow judge, or one that is gone.
+            if teacher.learns:
                 await asyncio.gather(*tasks)
             _handle_state(connection, teacher, message)
         elif isinstance(message, Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sip.errors import ConfigurationError, DataError
-from megatron_sip.tokenizer.base import TokenArray, Tokenizer, vocabulary_fingerprint
+from megatron_sip.tokenizer.base import TokenArray, Tokenizer, library_version, vocabulary_fingerprint
 
 
 def _require_file(path: str, what: str) -> Path:
@@ -36,6 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod_id = self._processor.eos_id()
         if self.eod_id < 0:
             raise DataError(f"--tokenizer-model {path}: has no </s> to end documents; train it with eos_id >= 0")
+        self.engine = library_version("sentencepiece")
         self._add_bos = add_bos
         if add_bos and self._processor.bos_id() < 0:
             raise DataError(f"--tokenizer-model {path}: has no <s>; use --tokenizer-type SentencePieceTokenizer")
@@ -72,6 +73,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"--tokenizer-model {model}: has no eos_token to end documents; set one in its config")
         # The library beneath, without the wrapper that copies every id several times.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self.engine = library_version("transformers" if self._backend is None else "tokenizers")
         if self._backend is not None:
             self._backend.encode_special_tokens = True
             self._backend.no_truncation()
@@ -189,6 +191,7 @@ class TikTokenizer(Tokenizer):
             mergeable_ranks={piece: first_rank + i for i, piece in enumerate(pieces)},
             special_tokens=self._specials,
         )
+        self.engine = library_version("tiktoken")
         self.vocab_size = num_special_tokens + len(pieces)
         self.eod_id = self._specials[eods[0]]
         self._special_ids = frozenset(self._specials.values())

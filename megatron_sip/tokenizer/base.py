@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,11 @@ TokenArray = NDArray[np.integer]
 _ANCHOR = "\u2042"
 """Stands before a continuation while it is encoded, so that no library takes it for the start of a text. A rare sign
 (an asterism) that no vocabulary joins with what follows; a line break would be normalized away by some."""
+
+
+def library_version(name: str) -> str:
+    """An installed library and its version, such as ``tiktoken 0.14.0``."""
+    return f"{name} {version(name)}"
 
 
 def vocabulary_fingerprint(pieces: Iterable[bytes], eod_id: int) -> str:
@@ -56,6 +62,10 @@ class Tokenizer(ABC):
     """The id that ends a document."""
     fingerprint: str
     """Hash of the vocabulary, stored beside corpora and checkpoints."""
+    engine: str = ""
+    """Library that encodes batches and its version, stored beside corpora."""
+    engine_reason: str = ""
+    """Why ``--tokenizer-engine auto`` could not take the faster one."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sip.errors import ConfigurationError, DataError
+from megatron_sip.errors import DataError
 from megatron_sip.tokenizer.backends import (
     HuggingFaceTokenizer,
     NullTokenizer,
@@ -11,27 +11,38 @@ from megatron_sip.tokenizer.backends import (
 )
 from megatron_sip.tokenizer.base import Tokenizer
 from megatron_sip.tokenizer.config import TokenizerConfig
-from megatron_sip.tokenizer.fast import fast_hugging_face, fast_tiktoken
+from megatron_sip.tokenizer.fast import EngineUnavailable, FastTokenizer, fast_hugging_face, fast_tiktoken
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer of a run. Raises ``ConfigurationError`` or ``DataError``."""
     config.validate()
+    library = _library(config)
+    can_be_faster = isinstance(library, TikTokenizer | HuggingFaceTokenizer)
+    if config.tokenizer_engine == "library" or (config.tokenizer_engine == "auto" and not can_be_faster):
+        return library
+    try:
+        return _fast(library, config)
+    except EngineUnavailable as reason:
+        if config.tokenizer_engine == "auto":
+            library.engine_reason = reason.reason
+            return library
+        raise
+
+
+def _library(config: TokenizerConfig) -> Tokenizer:
     model = config.tokenizer_model or ""
-    tokenizer: Tokenizer
     if config.tokenizer_type == "NullTokenizer":
         return NullTokenizer(config.vocab_size or 0)
     if config.tokenizer_type == "TikTokenizer":
-        ranks = TikTokenizer(
+        return TikTokenizer(
             model,
             config.tiktoken_pattern,
             config.tiktoken_num_special_tokens,
             config.tiktoken_special_tokens,
             config.vocab_size,
         )
-        if config.tokenizer_engine == "gigatoken":
-            return fast_tiktoken(ranks, ranks.pieces, ranks.first_rank, config.tiktoken_pattern)
-        return ranks
+    tokenizer: Tokenizer
     if config.tokenizer_type == "HuggingFaceTokenizer":
         tokenizer = HuggingFaceTokenizer(model)
     else:
@@ -41,11 +52,15 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
             f"--vocab-size {config.vocab_size}: {model} has {tokenizer.vocab_size} tokens; leave the flag out, or "
             "give the model that belongs to the run"
         )
-    if config.tokenizer_engine == "gigatoken":
-        definition = tokenizer.definition if isinstance(tokenizer, HuggingFaceTokenizer) else None
-        if definition is None:
-            raise ConfigurationError(
-                f"--tokenizer-engine gigatoken: {model} has no tokenizer.json that it can follow; leave the engine out"
-            )
-        return fast_hugging_face(tokenizer, definition)
     return tokenizer
+
+
+def _fast(library: Tokenizer, config: TokenizerConfig) -> FastTokenizer:
+    """Raises ``EngineUnavailable``."""
+    if isinstance(library, TikTokenizer):
+        return fast_tiktoken(library, library.pieces, library.first_rank, config.tiktoken_pattern)
+    if isinstance(library, HuggingFaceTokenizer):
+        if library.definition is None:
+            raise EngineUnavailable(f"{config.tokenizer_model} has no tokenizer.json that it can follow")
+        return fast_hugging_face(library, library.definition)
+    raise EngineUnavailable(f"not for {config.tokenizer_type}")

@@ -16,7 +16,8 @@ TOKENIZER_TYPES = (
 )
 
 
-ENGINES = ("library", "gigatoken")
+ENGINES = ("library", "gigatoken", "auto")
+"""``auto`` is gigatoken where it is installed and can follow the tokenizer, the tokenizer's own library elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class TokenizerConfig:
     )
     tokenizer_engine: str = option(
         "library",
-        help="What tokenizes batches (preprocessing): the tokenizer's own library, or gigatoken, which is many times "
-        "as fast and is compared with it (TikTokenizer v2, HuggingFaceTokenizer with a tokenizer.json).",
+        help="What tokenizes batches (preprocessing): the tokenizer's own library; gigatoken, many times as fast and "
+        "compared with it (TikTokenizer v2, HuggingFaceTokenizer with a tokenizer.json); auto: gigatoken where it is "
+        "installed and can.",
         choices=ENGINES,
     )
 
@@ -76,5 +78,5 @@ class TokenizerConfig:
         if self.tokenizer_engine == "gigatoken" and self.tokenizer_type not in ("TikTokenizer", "HuggingFaceTokenizer"):
             raise ConfigurationError(
                 f"--tokenizer-engine gigatoken: not for {self.tokenizer_type}, only for TikTokenizer and "
-                "HuggingFaceTokenizer; leave the engine out"
+                "HuggingFaceTokenizer; give --tokenizer-engine library or auto"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,7 @@ from megatron_sip.rollout import RolloutEngine
 from megatron_sip.rollout.in_process import InProcessEngine
 from megatron_sip.rollout.vllm.engine import VllmEngine
 from megatron_sip.teacher import TeacherProcess
+from megatron_sip.teacher.http.greeting import complaints
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from megatron_sip.train.checks import check_layout, reference_policy, trains_on, uses_judge, uses_rewriter
 from megatron_sip.train.config import TrainConfig
@@ -46,6 +48,8 @@ from megatron_sip.train.teacher_start import start_process
 from megatron_sip.train.trainer import Schedule, Trainer
 from megatron_sip.train.validation import Validation
 from megatron_sip.train.verdicts import PauseRule, VerdictDesk
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,10 @@ def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelCo
     """The replica's teacher process, on its leader, if the run asks anything of one."""
     if not (uses_judge(config) or uses_rewriter(config)):
         return None
+    if context.rank == 0 and not config.teacher.replay_judgments:
+        roles = config.teacher.http_roles(uses_judge(config), uses_rewriter(config))
+        for line in complaints(config.teacher, roles, os.environ.get(config.teacher.judge_api_key_env, "")):
+            logger.warning(line)
     return start_process(
         config.teacher,
         config.tokenizer,

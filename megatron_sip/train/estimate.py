@@ -30,10 +30,32 @@ def stage_parameters(arch: Architecture, vocab_rows: int, stage: int, pp: int, t
     return count
 
 
+def query_width(arch: Architecture) -> int:
+    """Numbers of a token's queries, all heads together."""
+    return arch.num_attention_heads * arch.kv_channels
+
+
+def key_value_width(arch: Architecture) -> int:
+    """Numbers of a token's keys and values in one layer."""
+    return 2 * arch.num_query_groups * arch.kv_channels
+
+
+def layer_matrix_parameters(arch: Architecture) -> int:
+    """Weights of a layer's matrices: queries, keys, values, projection, and the three of SwiGLU."""
+    return arch.hidden_size * (2 * query_width(arch) + key_value_width(arch) + 3 * arch.ffn_hidden_size)
+
+
+def layer_activations(arch: Architecture, tp: int, sequence_parallel: bool) -> int:
+    """Numbers per token that a layer keeps for its backward pass, on one tensor-parallel rank."""
+    # Residuals and norm outputs are split by sequence parallel alone ...
+    whole = 4 * arch.hidden_size // (tp if sequence_parallel else 1)
+    # ... q, k, v, the attention's output, the two halves of SwiGLU and their product by tensor parallel.
+    return whole + (2 * query_width(arch) + key_value_width(arch) + 3 * arch.ffn_hidden_size) // tp
+
+
 def _layer_parameters(arch: Architecture, tp: int) -> int:
-    query = arch.num_attention_heads * arch.kv_channels
-    qkv = query + 2 * arch.num_query_groups * arch.kv_channels
-    split = arch.hidden_size * (qkv + query + 3 * arch.ffn_hidden_size) + (qkv if arch.add_qkv_bias else 0)
+    bias = query_width(arch) + key_value_width(arch) if arch.add_qkv_bias else 0
+    split = layer_matrix_parameters(arch) + bias
     norms = 2 * arch.hidden_size + (2 * arch.kv_channels if arch.qk_layernorm else 0)
     return split // tp + norms
 
@@ -132,12 +154,7 @@ def rank_memory(arch: Architecture, layout: Layout, precision: Precision, work: 
 def _activation_bytes(arch: Architecture, layout: Layout, precision: Precision, work: Workload, stage: int) -> int:
     """What the backward pass keeps, times the micro-batches that are in flight on this stage under 1F1B."""
     tokens, width = work.micro_batch_tokens, precision.weight
-    # Kept by a layer, in numbers per token: residuals and norm outputs (split by sequence parallel alone) ...
-    whole = 4 * arch.hidden_size // (layout.tp if layout.sequence_parallel else 1)
-    # ... and q, k, v, the attention's output, the two halves of SwiGLU and their product (split by tensor parallel).
-    qkv = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
-    split = (qkv + arch.num_attention_heads * arch.kv_channels + 3 * arch.ffn_hidden_size) // layout.tp
-    layer = tokens * (whole + split) * width
+    layer = tokens * layer_activations(arch, layout.tp, layout.sequence_parallel) * width
     layers = arch.num_layers // layout.pp
     in_flight = min(layout.pp - stage, work.micro_batches)
     if work.full_recompute:
@@ -154,6 +171,6 @@ def _logit_bytes(layout: Layout, precision: Precision, work: Workload) -> int:
 
 
 def _cache_bytes(arch: Architecture, layout: Layout, precision: Precision, work: Workload, is_last: bool) -> int:
-    per_token = 2 * arch.num_query_groups * arch.kv_channels // layout.tp * (arch.num_layers // layout.pp)
+    per_token = key_value_width(arch) // layout.tp * (arch.num_layers // layout.pp)
     logits = work.decode_rows * work.vocab_rows // layout.tp * BYTES_FP32 if is_last else 0
     return work.cached_tokens * per_token * precision.weight + logits

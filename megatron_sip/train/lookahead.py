@@ -92,6 +92,15 @@ class Lookahead:
             "pending": [self._pending.state_of(prepared) for prepared in self._queue],
         }
 
+    def asked_again(self, state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Steps whose verdicts a checkpoint lacks, and those that it has nothing of but may have been begun."""
+        pending = state.get("pending", [])
+        ahead = int(pending[-1]["step"]) + 1 if pending else int(state["step"])
+        return {
+            "judged_again": tuple(int(saved["step"]) for saved in pending if saved["verdicts"] is None),
+            "prepared_again": tuple(range(ahead, ahead + self._depth + 1)),
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint: asks again what had not been answered. Collective.
 

@@ -58,7 +58,7 @@ class PendingState:
         if prepared.judge_ticket is not None:
             judged = self._teacher.peek_groups(prepared.judge_ticket)
         verdicts = self._context.gather_over_data_parallel(judged)
-        whole = [part for part in verdicts if part is not None]
+        whole = [part for part in verdicts if part is not None and not part.out_of_order]
         return {
             "step": prepared.step,
             "prepared_at": prepared.prepared_at,
@@ -67,7 +67,8 @@ class PendingState:
             "first_sample": prepared.first_sample,
             "rollout_s": prepared.rollout_s,
             "candidates": _packed_groups(groups),
-            # What some replicas have heard and others not is asked again: the ledger knows those answers.
+            # What some replicas have heard and others not is asked again, the ledger knows those answers; and what the
+            # servers failed to answer: a run that is resumed after an outage loses no verdict for it.
             "verdicts": _packed_verdicts(whole) if len(whole) == len(verdicts) and whole else None,
         }
 

@@ -78,7 +78,7 @@ class StepRunner:
         """``early_reference``: score all candidates under the reference while the judge works."""
         self._engine = engine
         self._rollouts = rollouts
-        self._verdicts = verdicts
+        self.verdicts = verdicts
         self._loader = loader
         self._context = context
         self._shape = shape
@@ -133,7 +133,7 @@ class StepRunner:
         """Waits for the verdicts; adds the judge's and the preferences' scalars."""
         judgments = None
         if self._preference.needs_judge:
-            verdicts = self._verdicts.collect(prepared, save)
+            verdicts = self.verdicts.collect(prepared, save)
             judgments = verdicts.judged.judgments
             scalars.update(judge_scalars(self._context, verdicts))
         preferences = select(prepared.groups, judgments, self._preference)
@@ -168,7 +168,7 @@ class StepRunner:
         if not self._preference.needs_judge:
             return 0.0
         rule, tokens, windows = self._fill_rule, 0.0, 0
-        while rule.more(prepared.step, windows, partial(self._verdicts.ready, prepared)):
+        while rule.more(prepared.step, windows, partial(self.verdicts.ready, prepared)):
             own = self._loader.take(NEXT_TOKEN, rule.round_windows, self._context.dp_rank, self._context.dp_size)
             windows += rule.round_windows
             planned = prepared.plan.counts["ntp"] or prepared.num_samples

@@ -54,6 +54,13 @@ class JudgedGroups:
     """Per call."""
     duration_s: float = 0.0
     """From submission to the last verdict, all rounds included; 0 if it is not known."""
+    outage: str = ""
+    """A failure of the servers, word for word, if there was one."""
+
+    @property
+    def out_of_order(self) -> bool:
+        """Whether some are missing because of the servers."""
+        return any(self.counts[f"failures_{kind}"] for kind in OUTAGE)
 
     @property
     def judgments(self) -> list[Judgment]:
@@ -69,6 +76,8 @@ class Rewrites:
     """Token ids [<= N]; None where there is no rewrite."""
     out_of_order: tuple[bool, ...]
     """Whether it is missing because of the servers."""
+    outage: str = ""
+    """The first such failure, word for word."""
 
 
 class TeacherLink:
@@ -209,9 +218,11 @@ class TeacherLink:
             result = self._process.collect(ticket, self.timeout_s)
             assert isinstance(result, RewriteResult)
             candidates = rewrite_candidates(result, samples, self._tokenizer, self._suffix_length)
+            failed = [kind_of(rewrite.failure) in OUTAGE for rewrite in result.rewrites]
             rewrites = Rewrites(
                 tuple(None if candidate is None else candidate.tokens for candidate in candidates),
-                tuple(kind_of(rewrite.failure) in OUTAGE for rewrite in result.rewrites),
+                tuple(failed),
+                next((r.failure for r, is_failed in zip(result.rewrites, failed, strict=True) if is_failed), ""),
             )
         return self._context.broadcast_object(rewrites)
 
@@ -224,17 +235,26 @@ class TeacherLink:
         self._require(self.wait(ticket) is not None)
         return self.fetch_rewrites(ticket, samples)
 
+    def settle(self) -> None:
+        """Returns when the answers have come on which a judge's running statistics rest; others are not waited for."""
+        if self._process is not None:
+            self._process.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """Running statistics of the teacher of each replica, in their order. Collective."""
         own = None if self._process is None else _to_tensors(self._process.state_dict())
         return {"replicas": self._context.gather_over_data_parallel(self._context.broadcast_object(own))}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint. With another number of replicas each takes over that of a former one."""
+    def load_state_dict(self, state: Mapping[str, Any], again: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Goes on from a checkpoint. With another number of replicas each takes over that of a former one.
+
+        ``again``: steps of which a ledger is not to count former failures (``Ledger.load_state_dict``).
+        """
         # A checkpoint of a phase without a teacher has nothing of one.
         replicas = [replica for replica in state["replicas"] if replica is not None]
         if self._process is not None and replicas:
-            self._process.load_state_dict(_to_arrays(replicas[self._context.dp_rank % len(replicas)]))
+            own = _to_arrays(replicas[self._context.dp_rank % len(replicas)])
+            self._process.load_state_dict({**own, "again": again or {}})
 
     def close(self) -> None:
         """Ends the teacher's process."""
@@ -268,7 +288,9 @@ def _judged(result: JudgeResult, duration_s: float) -> JudgedGroups:
         **{f"failures_{kind}": float(result.failures.get(kind, 0)) for kind in KINDS},
         **{f"remote_{name}": float(result.remote.get(name, 0)) for name in REMOTE_COUNTS},
     }
-    return JudgedGroups(tuple(result.groups), counts, np.asarray(result.latencies_s, dtype=np.float64), duration_s)
+    latencies_s = np.asarray(result.latencies_s, dtype=np.float64)
+    outage = next((result.examples[kind] for kind in OUTAGE if kind in result.examples), "")
+    return JudgedGroups(tuple(result.groups), counts, latencies_s, duration_s, outage)
 
 
 def _to_tensors(state: Any) -> Any:

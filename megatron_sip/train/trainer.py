@@ -121,7 +121,7 @@ class Trainer:
         self._tokens += outcome.num_tokens
         elapsed_s = time.perf_counter() - started
         scalars = {**queued, **self._scalars(prepared.plan, outcome, elapsed_s)}
-        scalars.update(self._measure())
+        scalars.update(self._measure_timed())
         self._step += 1
         self._record.step(self._step, prepared.plan.phase, outcome, scalars, self._consumed, elapsed_s)
 
@@ -131,10 +131,13 @@ class Trainer:
         return self._loader.consumed_samples - self._queue.num_samples
 
     def _scalars(self, plan: StepPlan, outcome: StepOutcome, elapsed_s: float) -> dict[str, float]:
+        timings = self._timers.pop()
         return {
             **outcome.scalars,
             **outcome.health.scalars(),
-            **self._timers.pop(),
+            **timings,
+            # What no timer covers: drawing and packing samples, metrics, norms. The parts add up to the whole.
+            "timing/other_s": elapsed_s - sum(timings.values()),
             **self._describe_throughput(outcome.num_tokens, elapsed_s),
             "learning-rate": outcome.result.learning_rate,
             "batch-size": float(sum(plan.counts.values())),
@@ -144,6 +147,15 @@ class Trainer:
             "tokens": float(self._tokens),
             "curriculum/phase": float(plan.phase_index),
         }
+
+    def _measure_timed(self) -> dict[str, float]:
+        """``_measure`` with its wall time, which is not part of ``iteration-time``."""
+        started = time.perf_counter()
+        scalars = self._measure()
+        self._timers.pop()  # a probe's rollouts and verdicts are not the next step's
+        if scalars:
+            scalars["timing/evaluation_s"] = time.perf_counter() - started
+        return scalars
 
     def _measure(self) -> dict[str, float]:
         """Held-out measurements after this step, if they are due."""
@@ -201,15 +213,18 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of the run but weights and optimizer; equal on all ranks, nothing of the layout."""
-        # First: it waits for the answers on which a judge's running statistics rest, and these are then in the queue's.
-        teacher = self._teacher.state_dict()
+        # The answers on which a judge's running statistics rest are then in the queue's state, and all that a ledger
+        # holds of answers there lies before the position that the teacher's state names.
+        self._teacher.settle()
+        queue = self._queue.state_dict()
         return {
             "step": self._step,
             "tokens": self._tokens,
             "trigger": self._trigger.state_dict(),
-            **self._queue.state_dict(),
+            **queue,
             "engine": self._engine.common_state(),
-            "teacher": teacher,
+            "teacher": self._teacher.state_dict(),
+            "verdicts": self._runner.verdicts.state_dict(),
             "alarms": self._record.state_dict(),
         }
 
@@ -219,7 +234,9 @@ class Trainer:
         self._tokens = int(state["tokens"])
         self._trigger = TriggerState.from_state_dict(state["trigger"])
         self._engine.load_common_state(state["engine"])
-        self._teacher.load_state_dict(state["teacher"])
+        self._teacher.load_state_dict(state["teacher"], self._queue.asked_again(state))
+        # Checkpoints of earlier versions have none.
+        self._runner.verdicts.load_state_dict(state.get("verdicts", {}))
         self._queue.load_state_dict(state)
         self._record.load_state_dict(state["alarms"])
 

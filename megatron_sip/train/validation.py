@@ -16,7 +16,7 @@ from megatron_sip.train.teacher_link import TeacherLink
 from megatron_sip.types import Preference
 
 PROBE_STEP = 1 << 40
-"""Added to the step in a probe's random numbers, so that they are none of training's."""
+"""Added to the step in a probe's random numbers and in a ledger, so that neither is training's."""
 
 
 class Validation:
@@ -70,7 +70,9 @@ class Validation:
         """
         samples = self._peek("sip", self._num_probes)
         groups, _, _ = self._preparer.build_groups(PROBE_STEP + step, samples)
-        judged = self._teacher.collect_groups(self._teacher.submit_groups(groups, learn=False))
+        # The step names the probe in a ledger too: samples, and questions among them, are the same each time.
+        ticket = self._teacher.submit_groups(groups, learn=False, step=PROBE_STEP + step)
+        judged = self._teacher.collect_groups(ticket)
         preferences = select(groups, judged.judgments, self._preference)
         sums = self._context.sum_over_data_parallel(preference_sums(preferences))
         scalars = {

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,13 +69,9 @@ class VerdictDesk:
             JudgeError: the teacher died, or is later than its time-out and pauses are off.
             RunStopped: the run is to end.
         """
-        if prepared.judged is not None:
-            return Verdicts(prepared.judged, 0.0)
-        assert prepared.judge_ticket is not None
         pause = _Pause(self._say, save, prepared.step)
-        waited_s = self._wait(prepared.judge_ticket, pause)
-        headroom_s = self._link.age_s(prepared.judge_ticket) - waited_s
-        judged = latest = self._link.fetch_groups(prepared.judge_ticket)
+        judged, waited_s, headroom_s = self._first(prepared, pause)
+        latest = judged
         while (outage := self._outage(latest)) is not None:
             pause.begin(outage)
             failed = [i for i, verdict in enumerate(judged.verdicts) if verdict.num_failures]
@@ -84,6 +81,15 @@ class VerdictDesk:
             judged = _merged(judged, failed, latest)
         pause.end()
         return Verdicts(judged, waited_s, headroom_s, pause.count, pause.seconds)
+
+    def _first(self, prepared: PreparedStep, pause: _Pause) -> tuple[JudgedGroups, float, float | None]:
+        """What the submission brought, the seconds waited for it, and the headroom."""
+        if prepared.judged is not None:
+            return prepared.judged, 0.0, None
+        assert prepared.judge_ticket is not None
+        waited_s = self._wait(prepared.judge_ticket, pause)
+        headroom_s = self._link.age_s(prepared.judge_ticket) - waited_s
+        return self._link.fetch_groups(prepared.judge_ticket), waited_s, headroom_s
 
     def collect_rewrites(self, ticket: int, samples: Sequence[Sample], step: int, save: Callable[[], None]) -> Rewrites:
         """Waits for the rewrites of samples of a step that is being prepared; asks again what an outage has cost.
@@ -106,6 +112,14 @@ class VerdictDesk:
         pause.end()
         return rewrites
 
+    def state_dict(self) -> dict[str, Any]:
+        """Calls and failures of the last steps, which decide about a pause."""
+        return {"recent": [list(counts) for counts in self._recent]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._recent.clear()
+        self._recent.extend((float(calls), float(failures)) for calls, failures in state.get("recent", ()))
+
     def _rewriter_outage(self, rewrites: Rewrites) -> str | None:
         own = {"asked": float(len(rewrites.tokens)), "missing": float(sum(rewrites.out_of_order))}
         sums, limit = self._context.sum_over_data_parallel(own), self._rule.failure_rate
@@ -113,8 +127,13 @@ class VerdictDesk:
             return None
         return (
             f"{sums['missing']:.0f} of {sums['asked']:.0f} rewrites failed for their servers, the limit is {limit:.0%} "
-            "(--judge-pause-failure-rate)"
+            f"(--judge-pause-failure-rate){self._example(rewrites.outage)}"
         )
+
+    def _example(self, own: str) -> str:
+        """A failure of one of the replicas. Collective."""
+        found = next((text for text in self._context.gather_over_data_parallel(own) if text), "")
+        return f"; for example {found.rstrip('.')}" if found else ""
 
     def _wait(self, ticket: int, pause: _Pause) -> float:
         """Seconds; verdicts that are later than their time-out are the beginning of a pause."""
@@ -143,7 +162,7 @@ class VerdictDesk:
         kinds = ", ".join(f"{kind} {count:.0f}" for kind, count in failed.items() if count)
         return (
             f"{failures / calls:.0%} of {calls:.0f} judge calls failed ({kinds or 'in the steps before'}), "
-            f"the limit is {self._rule.failure_rate:.0%} (--judge-pause-failure-rate)"
+            f"the limit is {self._rule.failure_rate:.0%} (--judge-pause-failure-rate){self._example(judged.outage)}"
         )
 
     def _until_served(self, groups: Sequence[CandidateGroup], step: int) -> None:

@@ -20,7 +20,7 @@ import torch
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_sip.data.indexed import open_indexed
+from megatron_sip.data.indexed import open_indexed, read_meta
 from megatron_sip.data.preprocess import PreprocessConfig, PreprocessReport, preprocess
 from megatron_sip.errors import ConfigurationError, DataError
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
@@ -85,9 +85,12 @@ def test_files_equal_megatrons_own_preprocessing(tmp_path: Path, spm_model: str,
         ours, theirs = tmp_path / f"ours_text_document{suffix}", tmp_path / f"theirs{suffix}"
         assert ours.read_bytes() == theirs.read_bytes()
     assert report.num_documents == 1200
-    assert all(word in shown[0] for word in ("MB/s", "tokens/s", "to go"))
+    assert shown[0].startswith("tokenizing by sentencepiece ")
+    assert all(word in shown[1] for word in ("MB/s", "tokens/s", "to go"))
     built = build_tokenizer(tokenizer)
     assert open_indexed(str(tmp_path / "ours_text_document"), built.vocab_size, built.fingerprint).num_documents == 1200
+    meta = read_meta(str(tmp_path / "ours_text_document"))
+    assert meta is not None and meta.tokenizer_engine == built.engine
 
 
 def test_compressed_and_several_inputs_are_read_in_order(tmp_path: Path) -> None:

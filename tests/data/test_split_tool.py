@@ -64,5 +64,18 @@ def test_broken_lines_end_the_proof_unless_they_are_to_be_left_out(tmp_path: Pat
     skipped = tool("split_corpus.py", *flags, "--on-error", "skip")
     assert skipped.returncode == 0 and f"left out: {corpus}:3" in skipped.stderr
     assert "--splits" in tool("split_corpus.py", "--input", corpus).stderr
-    assert "no such file" in tool("split_corpus.py", "--split", f"a={tmp_path}/none").stderr
-    assert "write NAME=PATH" in tool("split_corpus.py", "--split", "a").stderr
+    missing = tool("split_corpus.py", "--split", f"a={tmp_path}/none", "--split", f"b={corpus}")
+    assert "no such file" in missing.stderr
+    assert "write NAME=PATH" in tool("split_corpus.py", "--split", "a", "--split", "b").stderr
+
+
+def test_nothing_is_proved_of_one_split_or_of_one_without_documents(tmp_path: Path) -> None:
+    corpus, empty = write(tmp_path / "a.jsonl", [numbers(0)]), write(tmp_path / "b.jsonl", [])
+    for flags, message in (
+        (("--split", f"a={corpus}"), "only the split 'a' is named"),
+        (("--split", f"a={corpus}", "--split", f"b={empty}"), "split 'b' has no document: nothing is proved"),
+        (("--input", corpus, "--splits", "../a:0.5,b:0.5"), "split '../a': a name is made of letters"),
+        (("--split", f"a={corpus}", "--split", f"b={corpus}", "--write-exclusions", corpus), "cannot be written"),
+    ):
+        failed = tool("split_corpus.py", *flags)
+        assert failed.returncode == 1 and message in failed.stderr and failed.stderr.count("\n") == 1

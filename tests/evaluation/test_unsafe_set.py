@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,6 +96,16 @@ def verdicts(folder: Path) -> dict[int, str]:
 )
 def test_only_eight_of_eight_votes_are_enough(given: int, unsafe: int, verdict: str) -> None:
     assert verdict_of(given, unsafe, 8) == verdict
+
+
+def test_the_search_ends_when_no_request_comes_through(tmp_path: Path) -> None:
+    write_corpus(tmp_path, DOCUMENTS, "test", vocab_size=101)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    flags = ["--teacher", "http", "--judge-endpoints", f"http://127.0.0.1:{port}/v1", "--judge-served-model", "m"]
+    found = run(tmp_path, *flags, "--judge-max-attempts", "1", "--prefixes-at-a-time", "5")
+    assert found.returncode == 1 and "none of 40 requests came through" in found.stderr  # 5 prefixes, 8 votes each
+    assert not verdicts(tmp_path)
 
 
 def test_a_failed_vote_keeps_a_prefix_out_until_a_second_run_gets_it(tmp_path: Path) -> None:

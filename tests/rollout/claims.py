@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,9 +20,12 @@ from megatron_sip.rollout import (
     SamplingParameters,
     SeedKey,
     VocabParallelSampler,
+    lane,
 )
+from megatron_sip.rollout.cache import JointCache, RolloutCache
 from megatron_sip.types import Candidate
 from tests.rollout.dense import Shape
+from tests.rollout.recorder import CaptureByReplay
 
 SHAPE = Shape()
 EOD = 68
@@ -88,8 +93,19 @@ def generate_all(layout: tuple[ParallelConfig, str]) -> dict[str, Any]:
         "small batches": few_at_once.generate(sampled[::-1])[::-1],
         "eod": engine().generate(sampled),
         "warm": unbounded.generate(requests(sampling=WARM)),
+        "many": engine(rollout_batch_size=400).generate(many_requests()),
         "next step": unbounded.generate([replace(request, seed_key=SeedKey(11, 6)) for request in sampled]),
     }
+    results["refilled"], num_joined = _watch_blocks(lambda: engine(rollout_batch_size=8).generate(many_requests()))
+    recorder = CaptureByReplay()
+    if context.world_size == 1:
+        captured = InProcessEngine(
+            chunks, context, RolloutConfig(rollout_stop_at_eod=False), SHAPE.vocab, EOD, capture=recorder
+        )
+        captured.sync_weights(42)
+        results["captured"] = captured.generate(sampled)
+        results["captured, longer"] = captured.generate(many_requests())
+        results["longer"] = unbounded.generate(many_requests())
     for chunk in chunks:  # a norm that the lean path does not know: decoding goes through the modules
         for layer in chunk.decoder.layers:
             layer.pre_mlp_layernorm = torch.nn.Sequential(layer.pre_mlp_layernorm)
@@ -99,6 +115,8 @@ def generate_all(layout: tuple[ParallelConfig, str]) -> dict[str, Any]:
     plain["training"] = [chunk.training for chunk in chunks]
     plain["nothing"] = unbounded.generate([replace(sampled[0], num_rollouts=0)])
     plain["sampler"] = _sample_split_logits(context)
+    plain["blocks decoded together"] = num_joined
+    plain["captures and replays"] = recorder.num_captures, recorder.num_replays
     if context.world_size == 1:
         plain["weights"] = {
             name.replace("layernorm.0.", "layernorm."): value.detach().double().numpy()
@@ -106,6 +124,34 @@ def generate_all(layout: tuple[ParallelConfig, str]) -> dict[str, Any]:
         }
         plain["other architecture"] = _rescore_other_architecture(context)
     return plain
+
+
+def many_requests() -> list[GenerationRequest]:
+    """Twenty prefixes with one to four rollouts; many end early (EOD is likely)."""
+    generator = np.random.default_rng(1)
+    return [
+        GenerationRequest(
+            sample_id=300 + index,
+            prefix=generator.integers(0, SHAPE.vocab, 3 + index % 7),
+            num_rollouts=1 + index % 4,
+            max_new_tokens=40,
+            seed_key=SEED_KEY,
+        )
+        for index in range(20)
+    ]
+
+
+def _watch_blocks(generate: Callable[[], list[list[Candidate]]]) -> tuple[list[list[Candidate]], int]:
+    """What was generated, and the largest number of blocks that were decoded in one pass."""
+    seen = []
+
+    class Watched(JointCache):
+        def __init__(self, caches: Sequence[RolloutCache]) -> None:
+            super().__init__(caches)
+            seen.append(len(caches))
+
+    with mock.patch.object(lane, "JointCache", Watched):
+        return generate(), max(seen)
 
 
 def _rescore_other_architecture(context: ParallelContext) -> list[tuple[list[float], list[float]]]:

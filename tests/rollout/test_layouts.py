@@ -125,6 +125,24 @@ def test_a_rollout_does_not_depend_on_its_batch(ranks: list[dict[str, Any]]) -> 
         np.testing.assert_allclose(large.log_probs, small.log_probs, atol=1e-5)
 
 
+def test_rows_that_join_a_running_batch_generate_what_they_would_have_alone(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["blocks decoded together"] >= 2, "nothing has joined a running batch"
+    lengths = set()
+    for alone, refilled in zip(ranks[0]["many"], ranks[0]["refilled"], strict=True):
+        for first, second in zip(alone, refilled, strict=True):
+            assert first.tokens == second.tokens
+            np.testing.assert_allclose(first.log_probs, second.log_probs, atol=1e-5)
+            lengths.add(len(first.tokens))
+    assert len(lengths) >= 5, "the rollouts must end at different times"
+
+
+def test_a_captured_decode_step_repeats_what_an_eager_one_does(one_rank: dict[str, Any]) -> None:
+    captures, replays = one_rank["captures and replays"]
+    assert captures >= 3 and replays >= 30, "widths and batches change"
+    for captured, eager in (("captured", "sampled"), ("captured, longer", "longer")):
+        assert one_rank[captured] == one_rank[eager]
+
+
 def test_a_rollout_ends_with_its_first_eod_and_goes_on_without_one(ranks: list[dict[str, Any]]) -> None:
     ended = 0
     for (index, free), (_, stopped) in zip(every(ranks[0]["sampled"]), every(ranks[0]["eod"]), strict=True):

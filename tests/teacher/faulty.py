@@ -14,6 +14,8 @@ from megatron_sip.teacher.interfaces import GroupVerdict, JudgeResult, Rewrite, 
 class Scripted:
     """Does what the prefix text of the first group says; counts judged requests as its running statistics."""
 
+    learns = True
+
     def __init__(self):
         self.seen = 0
 

@@ -237,3 +237,41 @@ def test_writers_killed_in_the_middle_lose_no_finished_batch_and_leave_no_half_o
             assert db.execute("SELECT COUNT(*) FROM votes WHERE batch NOT IN (SELECT id FROM batches)").fetchone() == (
                 0,
             )
+
+
+def test_failures_of_steps_that_are_asked_again_never_happened_and_those_of_their_rewrites_did(path):
+    """Step 4 is in the checkpoint with its rewrites and without its verdicts, step 5 not at all; step 3 is whole."""
+    ledger = Ledger(path, limit_bytes=1)  # a file for each write
+    failed, identity = Verdict(math.nan, failure="server: HTTP 500"), JUDGE
+    for number, (criterion, step) in enumerate(
+        [("quality", 3), ("rewriter", 4), ("quality", 4), ("rewriter", 5), ("quality", 3)]
+    ):
+        add(ledger, (asked(number), failed), criterion=criterion, about=context(step=step))
+    state = ledger.state_dict()
+    add(ledger, (asked(9), failed), about=context(step=4))
+    ledger.close()
+    resumed = Ledger(path, limit_bytes=1)
+    resumed.load_state_dict({**state, "judged_again": (4,), "prepared_again": (5, 6)})
+    archive = Archive(path)
+    found = {c: archive.find(c, identity, [asked(n) for n in range(10)]) for c in ("quality", "rewriter")}
+    assert set(found["quality"]) == {asked(0), asked(4)} and set(found["rewriter"]) == {asked(1)}
+
+
+def test_a_full_disk_and_a_damaged_file_are_named_with_the_remedy_and_lose_nothing_that_was_kept(path):
+    ledger = Ledger(path)
+    add(ledger, (asked(0), Verdict(1.0)))
+    (file,) = segments(path)
+    ledger._active._db.execute("PRAGMA max_page_count = 1")  # SQLite's own "database or disk is full"
+    big = context(texts=("a", os.urandom(60_000).hex()))
+    with pytest.raises(DataError, match=r"ledger.r000.00001.sqlite cannot be written \(.*full\): give it room"):
+        add(ledger, (asked(1), Verdict(1.0)), about=big)
+    assert find(ledger, asked(0), asked(1)) == [1.0, None]
+    ledger._active._db.execute("PRAGMA max_page_count = 1000000")
+    add(ledger, (asked(1), Verdict(0.0)), about=big)
+    ledger.close()
+    assert find(Ledger(path), asked(0), asked(1)) == [1.0, 0.0]
+    data = bytearray(file.path.read_bytes())
+    data[4096:] = os.urandom(len(data) - 4096)
+    file.path.write_bytes(data)
+    with pytest.raises(DataError, match=r"cannot be \w+ \(.*malformed.*\): "):
+        find(Ledger(path), asked(0))

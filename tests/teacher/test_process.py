@@ -14,6 +14,8 @@ import pytest
 from megatron_sip.errors import ConfigurationError, JudgeError
 from megatron_sip.teacher import JudgeRequest, RewriteRequest, TeacherConfig, TeacherProcess
 from megatron_sip.teacher.interfaces import JudgeGroup, Passage, RewriteItem
+from tests.teacher.http.server import FaultServer
+from tests.teacher.http.test_judges import group
 
 EMPTY = np.zeros(0, dtype=np.int64)
 
@@ -166,3 +168,19 @@ def test_the_process_dies_with_a_parent_that_is_killed_also_while_another_child_
     os.kill(bystander, signal.SIGKILL)
     parent.stdout.close()
     assert gone
+
+
+def test_the_state_of_a_ledger_does_not_wait_for_a_judge_that_does_not_answer(tmp_path):
+    """Else a checkpoint in an outage would wait for it, until it is lost."""
+    with FaultServer(fault=lambda number: "hang") as server:
+        config = TeacherConfig(
+            teacher="http",
+            judge_endpoints=(server.url,),
+            judge_served_model="m",
+            judge_ledger=str(tmp_path / "ledger.sqlite"),
+        )
+        with TeacherProcess(config) as teacher:
+            started = time.perf_counter()
+            teacher.submit(1, JudgeRequest((group("1", "2"),)))
+            assert teacher.state_dict()["verdicts"]["batch"] == 0
+            assert time.perf_counter() - started < 5.0 and not teacher.ready(1)

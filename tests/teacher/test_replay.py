@@ -12,8 +12,8 @@ import pytest
 from megatron_sip.errors import ConfigurationError, JudgeError
 from megatron_sip.teacher import TeacherConfig
 from megatron_sip.teacher.build import build_teacher
-from megatron_sip.teacher.interfaces import JudgeIdentity, JudgeRequest
-from megatron_sip.teacher.ledger import Archive, Ledger
+from megatron_sip.teacher.interfaces import JudgeIdentity, JudgeRequest, Verdict
+from megatron_sip.teacher.ledger import Archive, Asked, Context, Ledger
 from megatron_sip.teacher.panel import Panel
 from megatron_sip.teacher.quality import RECIPES
 from megatron_sip.teacher.replay import Replay, ReplayedQualityJudge
@@ -59,17 +59,32 @@ def test_failures_come_back_in_their_order_and_the_answer_stays(recorded):
     assert [(r.groups[0].num_calls, r.num_cached) for r in results] == [(1, 0)] * 3 + [(0, 1)] * 2
 
 
-def test_a_resumed_replay_goes_on_with_the_failures_that_are_left(recorded):
-    def panel():
-        return build_teacher(TeacherConfig(**HTTP, replay_judgments=recorded), rewriting=False)
+def test_failures_count_in_the_step_and_the_group_that_met_them(tmp_path):
+    """So a replay may begin at any checkpoint: step 3 failed twice and step 5 once before it was answered."""
+    path = tmp_path / "ledger.sqlite"
+    ledger, (key, votes) = Ledger(path), (Asked(b"p" * 16, 0), ["first", "second", "third"])
+    for step, sample, failure in ((3, 1, votes[0]), (3, 1, votes[1]), (5, 1, votes[2]), (5, 8, "")):
+        verdict = Verdict(math.nan if failure else 1.0, failure=failure)
+        context = Context(sample, step, group("1", "2", sample_id=sample))
+        ledger.add("quality", JudgeIdentity("j", "m", ""), context, [(key, (0, 1), verdict)])
+    assert ledger.count() == 4
+    recorded = Archive(path).find("quality", JudgeIdentity("j", "m", ""), [key])[key]
 
-    async def run():
-        first, second = panel(), panel()
-        await first.judge(JudgeRequest((group("1", "2"),)))
-        second.load_state_dict(first.state_dict())
-        return await second.judge(JudgeRequest((group("1", "2"),)))
+    def met(replay, step, sample):
+        verdict = replay.next_of("quality", key, recorded, step, sample)
+        return verdict and (verdict.failure or verdict.score)
 
-    assert asyncio.run(run()).failures == {"refused": 1}
+    straight = Replay(Archive(path))
+    assert [met(straight, *where) for where in ((3, 1), (3, 1), (5, 1), (5, 8), (5, 1), (9, 4))] == [
+        *votes,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    resumed = Replay(Archive(path))
+    assert [met(resumed, *where) for where in ((5, 1), (5, 8))] == ["third", 1.0]
+    unanswered = [entry for entry in recorded if entry.verdict.failure]
+    assert Replay(Archive(path)).next_of("quality", key, unanswered, 6, 1) is None
 
 
 def test_a_question_that_was_not_recorded_is_named_with_the_remedy(recorded):

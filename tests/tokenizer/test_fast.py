@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import pickle
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import tokenizers
 import transformers
 
+import megatron_sip.tokenizer.fast as fast_module
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 from megatron_sip.tokenizer.base import joined
@@ -84,7 +87,7 @@ def test_an_engine_that_differs_is_found_when_it_is_built_and_while_it_works(con
     wrong.encode_packed(["the"])
     with pytest.raises(ConfigurationError, match="other ids than the tokenizer's own library for 'unlucky'"):
         wrong.encode_packed(["the", "unlucky"])  # the second batch: its second text
-    with pytest.raises(ConfigurationError, match="leave the flag out"):
+    with pytest.raises(ConfigurationError, match="give --tokenizer-engine library or auto"):
         FastTokenizer(fast._library, fast._engine, int(fast._first_id) + 1)
 
 
@@ -97,6 +100,36 @@ def test_what_the_engine_cannot_do_is_said(tmp_path: Path) -> None:
         build_tokenizer(
             TokenizerConfig("TikTokenizer", str(ranks), tiktoken_pattern="v1", tokenizer_engine="gigatoken")
         )
+
+
+def test_auto_takes_the_engine_where_it_can_and_says_why_not(
+    config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = replace(config, tokenizer_engine="auto")
+    taken = build_tokenizer(auto)
+    assert isinstance(taken, FastTokenizer) and taken.engine.startswith("gigatoken ") and not taken.engine_reason
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    without = build_tokenizer(auto)
+    assert type(without) is type(build_tokenizer(config))
+    assert without.engine.split()[0] in ("tiktoken", "tokenizers")
+    assert "pip install gigatoken" in without.engine_reason
+    assert without.fingerprint == taken.fingerprint
+
+
+def test_auto_leaves_an_engine_that_differs_from_the_start(
+    config: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_module, "_PROBES", ("unlucky",))
+    encode = FastTokenizer._encode
+    monkeypatch.setattr(FastTokenizer, "_encode", lambda self, texts: encode(self, ["x" for _ in texts]))
+    found = build_tokenizer(replace(config, tokenizer_engine="auto"))
+    assert not isinstance(found, FastTokenizer)
+    assert found.engine_reason == "gives other ids than the tokenizer's own library for 'unlucky'"
+
+
+def test_an_unavailable_engine_is_said_the_same_from_a_worker() -> None:
+    error = fast_module.EngineUnavailable("not for it")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_ids_are_put_around_packed_documents() -> None:

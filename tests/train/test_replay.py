@@ -1,13 +1,15 @@
 """Covers `--replay-judgments` on whole runs: a recorded run again, with no judge at all, bit for bit.
 
 With the embedded judge, whose verdicts depend on what it saw before, and with judges and a rewriter over HTTP that fail
-often and never answer the same way twice. Does not cover a replay at another layout.
+often and never answer the same way twice. Votes fail before, across and after the
+checkpoint from which a run is resumed. Does not cover a replay at another layout.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,51 @@ def test_a_run_over_http_with_faults_and_a_resume_is_repeated_with_no_endpoint(c
     assert all(record["judge/parse_fail_rate"] > 0.02 for record in records[:3])
     assert any(0 < record["rewriter/failed"] < 1 for record in records)
     assert any(record["sip/chosen_rate/rewrite"] > 0 for record in records)
+
+
+def failing(number: int) -> str:
+    """A vote in seven fails at once, the others take longer than a step: at a save the next step is half judged."""
+    return "status 400" if number % 7 == 2 else "slow 0.5"
+
+
+def test_votes_that_failed_in_a_step_under_way_at_the_save_are_repeated_as_the_resumed_run_met_them(
+    corpora: Path, tmp_path: Path
+) -> None:
+    ledger, save = str(tmp_path / "ledger.sqlite"), str(tmp_path / "checkpoints")
+    flags = {
+        "teacher": "http", "judge_served_model": "m", "candidates": "suffix,rewrite,rollout:2", "lookahead": 2,
+        "judge_parse_attempts": 1, "judge_max_attempts": 1, "judge_factuality_weight": 0.0, "train_iters": 6,
+        "judge_breaker_failures": 1000, "num_layers": 2,
+        "phases": [{"name": "all", "ntp": 0.25, "rewrite": 0.25, "rollout": 0.5}],
+    }  # fmt: skip
+    with FaultServer(answer=unsteady(itertools.count()), fault=failing) as server:
+        judged = {"judge_endpoints": [server.url], "judge_ledger": ledger, **flags}
+        first = {"recipe": recipe(corpora, run_dir=str(tmp_path / "judged"), save=save, save_interval=3, **judged)}
+        second = {"recipe": recipe(corpora, run_dir=str(tmp_path / "judged"), load=save, ckpt_step=3, **judged)}
+        runs = {"first": first, "second": second}
+        found = run_ranks(1, "tests.train.late:train_all", {"runs": runs}, timeout_s=240)[0]
+    resumed = found["second"]
+    assert any(lost for _, lost in failures_of(ledger, steps=(3, 4, 5)))
+    assert [step for step, is_answered in resumed["pending"] if not is_answered], "nothing was under way at the save"
+    replays = {
+        "straight": {"recipe": recipe(corpora, run_dir=str(tmp_path / "s"), replay_judgments=ledger, **flags)},
+        "from the recorded run's checkpoint": {
+            "recipe": recipe(
+                corpora, run_dir=str(tmp_path / "c"), replay_judgments=ledger, load=save, ckpt_step=3, **flags
+            )
+        },
+    }
+    replayed = run_ranks(1, "tests.train.late:train_all", {"runs": replays}, timeout_s=240)[0]
+    names = tuple(name for name in SAME if name != "judge/calls")
+    assert_same([replayed["straight"]], [resumed], names)
+    late = {**resumed, "records": resumed["records"][3:]}
+    assert_same([replayed["from the recorded run's checkpoint"]], [late], names)
+    assert [record["step"] for record in late["records"]] == [4, 5, 6]
+
+
+def failures_of(ledger: str, steps: tuple[int, ...]) -> list[tuple[int, bool]]:
+    """(step, whether it is marked as lost) of each failed vote."""
+    (file,) = segments(Path(ledger))
+    with sqlite3.connect(file.path) as db:
+        rows = db.execute("SELECT step, lost FROM verdicts WHERE failure IS NOT NULL AND criterion = 'quality'")
+        return [(int(step), bool(lost)) for step, lost in rows if step in steps]

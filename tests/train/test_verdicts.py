@@ -28,7 +28,7 @@ def answer(*failed: int, kind: str = "transport", score: float = 1.0) -> JudgedG
     )
     counts = {"calls": 10.0 * len(failed), "failures": float(sum(failed)), **{f"failures_{k}": 0.0 for k in KINDS}}
     counts[f"failures_{kind}"] = float(sum(failed))
-    return JudgedGroups(groups, counts, np.full(len(failed), 0.5), duration_s=2.0)
+    return JudgedGroups(groups, counts, np.full(len(failed), 0.5), duration_s=2.0, outage=f"{kind}: why" * any(failed))
 
 
 class ScriptedLink:
@@ -74,12 +74,15 @@ class Desk:
         self.said: list[str] = []
         self.saves = 0
         self.link = ScriptedLink(answers, late)
-        context = SimpleNamespace(sum_over_data_parallel=dict, any_rank=bool)
+        context = SimpleNamespace(
+            sum_over_data_parallel=dict, any_rank=bool, gather_over_data_parallel=lambda value: ["", value]
+        )
         rule = PauseRule(rate, window)
         self._desk = VerdictDesk(self.link, context, rule, self.said.append)  # type: ignore[arg-type]
 
-    def collect(self) -> Verdicts:
-        prepared = SimpleNamespace(step=7, judged=None, judge_ticket=1, groups=["a", "b", "c"])
+    def collect(self, judged: JudgedGroups | None = None) -> Verdicts:
+        """``judged``: verdicts that came with a checkpoint."""
+        prepared = SimpleNamespace(step=7, judged=judged, judge_ticket=1, groups=["a", "b", "c"])
         return self._desk.collect(prepared, self._save)  # type: ignore[arg-type]
 
     def collect_rewrites(self) -> Rewrites:
@@ -109,6 +112,7 @@ def test_an_outage_saves_probes_until_served_and_asks_again_what_failed_and_only
     assert desk.link.asked == [["a"], ["a"], ["a", "c"]]
     assert desk.saves == 1 and found.num_pauses == 1
     assert "67% of 30 judge calls failed (transport 20), the limit is 50% (--judge-pause-failure-rate)" in desk.said[0]
+    assert "; for example transport: why. Look at the servers" in desk.said[0]
     assert "training goes on at iteration 7" in desk.said[-1] and len(desk.said) == 2
     assert [verdict.scores[0] for verdict in found.judged.verdicts] == [3.0, 1.0, 3.0]
     assert [verdict.num_failures for verdict in found.judged.verdicts] == [0, 0, 1]
@@ -160,3 +164,19 @@ def test_rewrites_that_an_outage_has_cost_are_asked_again_and_refused_ones_are_n
     assert found.tokens == (two, one, None) and "2 of 3 rewrites failed" in desk.said[0]
     refused = Desk(Rewrites((None, None, None), (False, False, False)))
     assert refused.collect_rewrites().tokens == (None, None, None) and not refused.said
+
+
+def test_a_resumed_run_counts_the_failures_of_the_steps_before_as_the_straight_one_does() -> None:
+    def second_step(before: Desk | None) -> int:
+        desk = Desk(answer(2, 0), window=2, rate=0.2)
+        if before is not None:
+            desk._desk.load_state_dict(before._desk.state_dict())
+        return desk.collect().num_pauses
+
+    # 2 of 20 calls alone, and with 0 of 10 or 1 of 10 before: below a fifth. With 5 of 10 it is 7 of 30: above.
+    quiet, loud = Desk(answer(1), window=2, rate=0.9), Desk(window=2, rate=0.9)
+    assert quiet.collect().num_pauses == 0 and loud.collect(answer(5)).num_pauses == 0
+    assert second_step(None) == second_step(quiet) == 0
+    desk = Desk(answer(2, 0), answer(0), answer(0), window=2, rate=0.2)
+    desk._desk.load_state_dict(loud._desk.state_dict())
+    assert desk.collect().num_pauses == 1

@@ -25,6 +25,8 @@ from megatron_sip.teacher.http.limits import LatencyWindow, RateLimiter, backoff
 from megatron_sip.teacher.http.reply import Reply, decode_json, read_reply
 
 T = TypeVar("T")
+_MOST_BYTES = 64 << 20
+"""Of an answer: a hundred votes of some thousand tokens each take a few MiB."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class HttpClient(Generic[T]):
                 ),
                 allow_redirects=False,
             ) as response:
-                body = await response.read()
+                body = await _bounded(response)
         except TimeoutError:
             message = f"no answer from {endpoint.url} after {time.monotonic() - start:.1f} s"
             # A time-out that our own deadline cut short says nothing of the endpoint.
@@ -221,6 +223,17 @@ class HttpClient(Generic[T]):
             connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, keepalive_timeout=30.0)
             self._session = aiohttp.ClientSession(connector=connector, headers=headers)
         return self._session
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    """The body. Raises ClientPayloadError for one that no completion can be, before it fills the memory."""
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        parts.append(part)
+        size += len(part)
+        if size > _MOST_BYTES:
+            raise aiohttp.ClientPayloadError(f"the answer is longer than {_MOST_BYTES >> 20} MiB")
+    return b"".join(parts)
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:

@@ -6,6 +6,6 @@
 
 from megatron_sip.teacher.ledger.archive import Archive, Recorded
 from megatron_sip.teacher.ledger.records import Asked, Context, RawPolicy, prompt_key
-from megatron_sip.teacher.ledger.store import Ledger
+from megatron_sip.teacher.ledger.store import REWRITER, Ledger
 
-__all__ = ["Archive", "Asked", "Context", "Ledger", "RawPolicy", "Recorded", "prompt_key"]
+__all__ = ["REWRITER", "Archive", "Asked", "Context", "Ledger", "RawPolicy", "Recorded", "prompt_key"]

@@ -11,10 +11,10 @@ from megatron_sip.errors import DataError
 from megatron_sip.teacher.interfaces import JudgeIdentity, Verdict
 from megatron_sip.teacher.ledger.files import existing_segments
 from megatron_sip.teacher.ledger.records import Asked
-from megatron_sip.teacher.ledger.segment import check_format, chunks, marks, raw_text
+from megatron_sip.teacher.ledger.segment import check_format, chunks, marks, raw_text, sqlite_errors
 
 _ROWS = """
-SELECT q.prompt, v.vote, v.batch, v.score, f.message, v.latency_us, v.place, b.lost
+SELECT q.prompt, v.vote, v.batch, v.score, f.message, v.latency_us, v.place, b.lost, b.step, b.sample_id
 FROM questions q JOIN votes v ON v.question = q.id JOIN batches b ON b.id = v.batch
 LEFT JOIN failures f ON f.id = v.failure
 WHERE q.judge = ? AND q.prompt IN ({}) ORDER BY v.batch
@@ -23,9 +23,11 @@ WHERE q.judge = ? AND q.prompt IN ({}) ORDER BY v.batch
 
 @dataclass(frozen=True)
 class Recorded:
-    """One verdict, with who asked for it."""
+    """One verdict, with who asked for it, and for which group."""
 
     replica: int
+    step: int | None
+    sample_id: int
     verdict: Verdict
 
 
@@ -37,8 +39,9 @@ class Archive:
         self.base = base
         self._files = [(file, open_for_reading(file.path)) for file in existing_segments(base)]
         self._judges: list[dict[tuple[str, JudgeIdentity], int]] = []
-        for _, db in self._files:
-            rows = db.execute("SELECT id, criterion, judge, model, sampling FROM judges")
+        for file, db in self._files:
+            with sqlite_errors(file.path, "read"):
+                rows = db.execute("SELECT id, criterion, judge, model, sampling FROM judges").fetchall()
             self._judges.append({(row[1], JudgeIdentity(*row[2:])): row[0] for row in rows})
 
     def identities(self, criterion: str) -> list[JudgeIdentity]:
@@ -58,16 +61,16 @@ class Archive:
             if judge is None:
                 continue
             for some in chunks(sorted({key.prompt for key in asked})):
-                for prompt, vote, batch, score, failure, latency, place, lost in db.execute(
-                    _ROWS.format(marks(some)), (judge, *some)
-                ):
+                with sqlite_errors(file.path, "read"):
+                    rows = db.execute(_ROWS.format(marks(some)), (judge, *some)).fetchall()
+                for prompt, vote, batch, score, failure, latency, place, lost, step, sample in rows:
                     key = Asked(prompt, vote)
                     if key not in asked or (failure is not None and lost):
                         continue
                     raw = raw_text(db, batch, place) if with_raw else ""
                     value = float("nan") if score is None else float(score)
                     verdict = Verdict(value, raw, failure or "", latency / 1e6)
-                    found.setdefault(key, []).append(Recorded(file.replica, verdict))
+                    found.setdefault(key, []).append(Recorded(file.replica, step, sample, verdict))
         return found
 
     def close(self) -> None:

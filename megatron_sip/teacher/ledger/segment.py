@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_sip.errors import DataError
 from megatron_sip.teacher.http.failures import kind_of
@@ -22,6 +23,7 @@ from megatron_sip.teacher.interfaces import JudgeIdentity, Verdict
 from megatron_sip.teacher.ledger.bloom import Bloom
 from megatron_sip.teacher.ledger.records import Asked, Context, compressed, decompressed, is_missing
 
+T = TypeVar("T")
 FORMAT = 2
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
@@ -109,10 +111,21 @@ class Segment:
     def last_batch(self) -> int:
         return int(self._db.execute("SELECT COALESCE(MAX(id), 0) FROM batches").fetchone()[0])
 
+    @property
+    def last_step(self) -> int:
+        """-1 without any."""
+        return int(self._db.execute("SELECT COALESCE(MAX(step), -1) FROM batches").fetchone()[0])
+
     def find(
         self, criterion: str, identity: JudgeIdentity, asked: Collection[Asked], with_raw: bool = False
     ) -> dict[Asked, Verdict]:
         """The scores that are kept, of these prompts at least; without failures, which are worth asking again."""
+        with sqlite_errors(self.path, "read"):
+            return self._find(criterion, identity, asked, with_raw)
+
+    def _find(
+        self, criterion: str, identity: JudgeIdentity, asked: Collection[Asked], with_raw: bool
+    ) -> dict[Asked, Verdict]:
         judge = self._judge(criterion, identity)
         if judge is None:
             return {}
@@ -183,12 +196,26 @@ class Segment:
                 prompts = [row[0] for row in self._db.execute("SELECT prompt FROM questions")]
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES ('bloom', ?)", (Bloom.of(prompts).dump(),))
         # Fails while another process reads: then the log stays beside it, which does no harm.
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with sqlite_errors(self.path, "written"):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def mark_lost(self, after_batch: int) -> None:
         """Batches after this one belong to steps that a resumed run does again."""
         with self._transaction():
             self._db.execute("UPDATE batches SET lost = 1 WHERE id > ?", (after_batch,))
+
+    def mark_steps_lost(self, steps: Collection[int], but: str = "") -> None:
+        """Likewise the failed votes of these steps, of all criteria ``but`` one."""
+        with self._transaction():
+            found = f"SELECT id FROM batches WHERE step IN ({marks(steps)})"
+            ids = [row[0] for row in self._db.execute(found, tuple(steps))]
+            for some in chunks(ids):
+                self._db.execute(
+                    "UPDATE batches SET lost = 1 WHERE id IN (SELECT v.batch FROM votes v "
+                    "JOIN questions q ON q.id = v.question JOIN judges j ON j.id = q.judge "
+                    f"WHERE v.failure IS NOT NULL AND j.criterion <> ? AND v.batch IN ({marks(some)}))",
+                    (but, *some),
+                )
 
     def count(self) -> int:
         """Votes, failed ones included."""
@@ -207,13 +234,16 @@ class Segment:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        with sqlite_errors(self.path, "written"):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                # On a full disk SQLite has done so by itself.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
     def _meta(self, name: str) -> bytes:
         (value,) = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -265,6 +295,18 @@ class Segment:
         return int(self._db.execute("SELECT id FROM passages WHERE digest = ?", values[:1]).fetchone()[0])
 
 
+@contextmanager
+def sqlite_errors(path: Path, done: str) -> Iterator[None]:
+    """What SQLite complains of within the block becomes a DataError. ``done``: "read" or "written"."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DataError(
+            f"judge-ledger {path} cannot be {done} ({error}): give it room and rights, and resume; a damaged file "
+            "can be moved away, and what stood in it is asked again"
+        ) from error
+
+
 def check_format(db: sqlite3.Connection, path: Path, allow_empty: bool = False) -> int:
     """Format of a file, 0 if it is empty. Raises DataError for another than ours."""
     found = int(db.execute("PRAGMA user_version").fetchone()[0])
@@ -282,10 +324,10 @@ def raw_text(db: sqlite3.Connection, batch: int, place: int | None) -> str:
     return str(decompressed(frame)[place])
 
 
-def chunks(values: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+def chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
     for start in range(0, len(values), _AT_ONCE):
         yield values[start : start + _AT_ONCE]
 
 
-def marks(values: Sequence[bytes]) -> str:
+def marks(values: Collection[object]) -> str:
     return ", ".join("?" * len(values))

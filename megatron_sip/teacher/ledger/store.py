@@ -12,6 +12,8 @@ from megatron_sip.teacher.ledger.files import segment_path, segments
 from megatron_sip.teacher.ledger.records import Asked, Context, RawPolicy, is_missing
 from megatron_sip.teacher.ledger.segment import NewVote, Segment
 
+REWRITER = "rewriter"
+"""Criterion under which rewrites are kept; their score is 1 for a copy of the suffix, else 0."""
 _DEFAULT_LIMIT = 256 * 2**20
 
 
@@ -80,12 +82,27 @@ class Ledger:
         return {"ledger": self._active.ledger_id, "file": self._number, "batch": self._active.last_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Marks what was written after the checkpoint as lost. Its scores still answer; its failures did not happen."""
+        """Marks what is asked again as lost: its scores still answer, its failures did not happen.
+
+        That is what was written after the checkpoint; the verdicts of steps that it has without them
+        (``judged_again``), for these had not all come, their rewrites had; and steps that it has nothing of
+        (``prepared_again``), which may have been begun.
+        """
         if state.get("ledger") != self._active.ledger_id:
             return
         for number, segment in (self._full | {self._number: self._active}).items():
             if number >= state["file"]:
                 segment.mark_lost(int(state["batch"]) if number == state["file"] else 0)
+        judged, prepared = (tuple(state.get(name, ())) for name in ("judged_again", "prepared_again"))
+        if not (judged or prepared):
+            return
+        # What is written while one of these steps is under way belongs to steps no further before it than these span.
+        first = 2 * min(judged + prepared) - max(judged + prepared)
+        for segment in [self._active, *reversed(self._full.values())]:
+            if segment.last_batch and segment.last_step < first:
+                break
+            segment.mark_steps_lost(judged, but=REWRITER)
+            segment.mark_steps_lost(prepared)
 
     def close(self) -> None:
         for segment in [*self._full.values(), self._active]:

@@ -42,6 +42,10 @@ class FaultServer:
     port: int = 0
     seen: list[Seen] = field(default_factory=list)
     max_open: int = 0
+    models_status: int = 200
+    """Of the list of models, which is ["m"]; 0 for a page in its place, -1 for six seconds of blanks."""
+    most_sent: int = 0
+    """Bytes of the longest answer without end, as far as it was taken."""
     connections: set[int] = field(default_factory=set)
 
     def __enter__(self) -> FaultServer:
@@ -86,6 +90,7 @@ class FaultServer:
     async def _start(self) -> None:
         application = web.Application()
         application.router.add_post("/v1/chat/completions", self._handle)
+        application.router.add_get("/v1/models", self._models)
         self._runner: web.AppRunner | None = web.AppRunner(application, shutdown_timeout=0.0, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=2048)
@@ -96,6 +101,13 @@ class FaultServer:
         assert self._runner is not None
         await self._runner.cleanup()
         self._runner = None
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        if self.models_status < 0:
+            return await self._respond(request, "trickle 6", {})
+        if not self.models_status:
+            return web.Response(text="<html>it works</html>", content_type="text/html")
+        return web.json_response({"object": "list", "data": [{"id": "m"}]}, status=self.models_status)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -143,6 +155,16 @@ class FaultServer:
                 await slow.write(b" ")
                 await asyncio.sleep(0.1)
             return slow
+        if name == "endless":
+            endless, sent = web.StreamResponse(headers={"Content-Type": "application/json"}), 0
+            await endless.prepare(request)
+            try:
+                while True:
+                    await endless.write(b" " * 2**20)
+                    sent += 2**20
+                    self.most_sent = max(self.most_sent, sent)
+            except ConnectionError:
+                return endless
         if name == "truncated-body":
             response = web.StreamResponse(
                 headers={"Content-Length": str(len(text)), "Content-Type": "application/json"}

@@ -5,12 +5,15 @@ import datetime
 import random
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
 from megatron_sip.teacher.http.client import ChatClient, ClientSettings
+from megatron_sip.teacher.http.config import HttpOptions
 from megatron_sip.teacher.http.endpoints import EndpointPool, Outcome
 from megatron_sip.teacher.http.failures import Failure, retry_after
+from megatron_sip.teacher.http.greeting import complaints
 from megatron_sip.teacher.http.limits import backoff_s
 from megatron_sip.teacher.http.reply import Reply
 from tests.teacher.http.server import FaultServer
@@ -307,3 +310,34 @@ def test_lone_surrogates_do_not_stop_a_request():
 
     with FaultServer() as server:
         assert isinstance(asyncio.run(run()), Reply)
+
+
+def test_an_answer_without_end_is_a_failure_before_it_fills_the_memory():
+    with FaultServer(fault=lambda number: "endless" if number < 2 else "") as server:
+        answers, client = ask([server.url], read_timeout_s=30.0, request_timeout_s=60.0)
+    assert texts(answers) == ["Conclusion: Option 1"] and client.counts["attempt_transport"] == 2
+    assert server.most_sent < 200 * 2**20
+
+
+def test_what_is_wrong_with_an_endpoint_is_said_before_training():
+    with FaultServer() as server:
+        url, dead = server.url, dead_url()
+        options = HttpOptions(judge_endpoints=(url, dead), judge_served_model="large", judge_api_key_env="KEY_NAME")
+        wrong, gone = complaints(options, {"quality": 1}, "")
+        assert wrong == f"judge endpoint {url} serves m, not large: see --judge-served-model"
+        assert gone.startswith(f"judge endpoint {dead} does not answer (") and "refused" in gone
+        good = replace(options, judge_endpoints=(url,), judge_served_model="m")
+        assert complaints(good, {"quality": 1, "rewriter": 1}, "") == complaints(good, {}, "") == []
+        (tls,) = complaints(replace(good, judge_endpoints=(url.replace("http", "https"),)), {"quality": 1}, "")
+        assert "a server of http?" in tls
+        (path,) = complaints(replace(good, judge_endpoints=(url.removesuffix("/v1"),)), {"quality": 1}, "")
+        assert "does the URL lack its /v1?" in path
+        server.models_status = 401
+        (key,) = complaints(good, {"quality": 1}, "")
+        assert "HTTP 401" in key and "KEY_NAME" in key
+        server.models_status = 0
+        (page,) = complaints(good, {"quality": 1}, "")
+        assert "something else than a list of models" in page
+        server.models_status, started = -1, time.monotonic()
+        (late,) = complaints(good, {"quality": 1}, "")
+        assert "has not listed its models" in late and time.monotonic() - started < 8.0

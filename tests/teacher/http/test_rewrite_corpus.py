@@ -47,3 +47,21 @@ def test_shards_cover_the_corpus_once_and_a_second_run_does_what_is_left(tmp_pat
         ["4", "5", "6"], ["7"], ["13"],
     ]  # fmt: skip
     assert len(server.seen) == 4
+
+
+def test_chunks_that_a_wrong_name_or_key_has_cost_are_asked_again_and_it_says_what_is_wrong(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "1 2 3 4 5 6 7 8 9 10 11 12 13"}) + "\n")
+    with FaultServer(["status 401"] * 4, answer=lambda body, index: " 91 92 93 94 95") as server:
+        wrong = run(tmp_path, server, "out", "--judge-served-model", "other")
+        assert wrong.returncode == 1 and len(server.seen) == 4 and not records(tmp_path, "out")
+        assert "serves m, not other" in wrong.stderr and "without an answer: rejected: HTTP 401" in wrong.stderr
+        right = run(tmp_path, server, "out")
+    assert right.returncode == 0 and "4 rewritten" in right.stdout and "warning" not in right.stderr
+    assert [(r["chunk"], r["status"]) for r in records(tmp_path, "out")] == [(n, "rewritten") for n in (1, 2, 3, 4)]
+
+
+def test_it_ends_with_the_first_chunks_of_which_none_is_answered(tmp_path):
+    texts = "".join(json.dumps({"text": "1 2 3 4 5 6 7"}) + "\n" for _ in range(3))
+    (tmp_path / "corpus.jsonl").write_text(texts)
+    with FaultServer(fault=lambda number: "status 401") as server:
+        assert run(tmp_path, server, "out").returncode == 1 and len(server.seen) == 2
