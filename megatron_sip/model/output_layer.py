@@ -269,7 +269,8 @@ class _Gradients:
         step = max(1, self._shape.sizes.weight_block // inputs.shape[1])
         for start in range(0, num_valid, step):
             columns = slice(start, min(start + step, num_valid))
-            self._of_weight[columns] += linear(of_logits[:, columns].t(), inputs.t())
+            # Not +=, which after the addition copies the part over itself.
+            self._of_weight[columns].add_(linear(of_logits[:, columns].t(), inputs.t()))
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients for autograd, of hidden states (summed over the ranks) and weight."""
