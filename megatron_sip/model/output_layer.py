@@ -109,10 +109,11 @@ class _Shape:
 
 def _rows_per_block(sizes: _Sizes, num_positions: int, row_bytes: int) -> int:
     share = -(-num_positions // sizes.share)
-    rows = min(max(share, sizes.least_bytes // row_bytes, 1), max(sizes.most_bytes // row_bytes, _MIN_ROWS))
+    most = max(sizes.most_bytes // row_bytes, _MIN_ROWS)
+    rows = min(max(share, sizes.least_bytes // row_bytes, 1), most)
     num_blocks = max(1, -(-num_positions // rows))
     even = -(-num_positions // num_blocks)
-    return min(rows, -(-even // _STEP) * _STEP)
+    return min(most, -(-even // _STEP) * _STEP)
 
 
 def _cut(total: int, step: int) -> list[slice]:
