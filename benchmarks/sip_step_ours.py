@@ -140,7 +140,7 @@ def _trainer(payload: dict[str, Any], run: str) -> tuple[TrainConfig, Trainer]:
 
     def slow_teacher(config: TrainConfig, tokenizer: Any, context: Any) -> TeacherProcess:
         factory = "benchmarks.slow_teacher:build"
-        return TeacherProcess(config.teacher, {"round_s": task.judge_s}, factory=factory)
+        return TeacherProcess(config.teacher, {"round_s": (task.judge_s,)}, factory=factory)
 
     build.start_teacher = slow_teacher
     signals = _HELD.enter_context(StopSignals())
