@@ -29,13 +29,16 @@ from benchmarks.pairs import machine, report
 WAYS = ("full", "blocks", "linear")
 
 
-def _log_probs(way: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, group: Any) -> torch.Tensor:
+def way_log_probs(
+    way: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, group: Any
+) -> torch.Tensor:
+    """float32 [n] from hidden states [n, H] and weight [v, H], one of ``WAYS``."""
     if way == "full":
         logits = F.linear(hidden, weight).float()
         return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     from megatron_sip.model.output_layer import target_log_probs
 
-    known = torch.ones(len(targets)) if way == "linear" else None
+    known = torch.ones(len(targets), device=targets.device) if way == "linear" else None
     return target_log_probs(hidden, weight, targets, len(weight), group, known)
 
 
@@ -46,14 +49,15 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     group = initialize(ParallelConfig(), seed=0).tp_group
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    hidden = torch.randn(options.positions, options.hidden).to(dtype).requires_grad_()
-    weight = (torch.randn(options.vocab_size, options.hidden) * 0.02).to(dtype).requires_grad_()
+    # Drawn in place: a larger copy on the way would be the peak that the rest hides behind.
+    hidden = torch.randn(options.positions, options.hidden, dtype=dtype).requires_grad_()
+    weight = torch.randn(options.vocab_size, options.hidden, dtype=dtype).mul_(0.02).requires_grad_()
     weight.main_grad = torch.ones(weight.shape)  # type: ignore[attr-defined]
     targets = torch.randint(0, options.vocab_size, (options.positions,))
-    _log_probs(way, hidden[:1], weight, targets[:1], group)  # libraries load what they load
+    way_log_probs(way, hidden[:1], weight, targets[:1], group)  # libraries load what they load
     weight.main_grad.fill_(1.0)  # type: ignore[attr-defined]  # the linear way has added to it
     before, started = _peak_bytes(), time.process_time()
-    log_probs = _log_probs(way, hidden, weight, targets, group)
+    log_probs = way_log_probs(way, hidden, weight, targets, group)
     log_probs.sum().backward()
     if way == "full":  # as DDP's hook does
         assert weight.grad is not None

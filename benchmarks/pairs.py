@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -81,37 +83,53 @@ class Comparison:
 
 
 class Side:
-    """A process that builds ``target`` (``"module:function"``) and runs its step when told to."""
+    """A process that builds ``target`` (``"module:function"``) and runs its step when told to.
 
-    def __init__(self, target: str, payload: dict[str, Any], clock: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(target, payload, clock, other), daemon=True)
-        self._process.start()
+    ``python``: its interpreter, by default this one. Another environment's needs what the target imports, not this
+    package's requirements; modules are found from the repository's root.
+    """
+
+    def __init__(self, target: str, payload: dict[str, Any], clock: str, python: str = sys.executable) -> None:
+        self._target = target
+        self._pipe, other = multiprocessing.Pipe()
+        command = [python, str(Path(__file__).resolve()), str(other.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[other.fileno()])
         other.close()
-        self._pipe.recv()
+        self._pipe.send((target, payload, clock))
+        self._receive()
 
     def step(self) -> tuple[float, Any]:
         """Seconds that the step took, and what it returned."""
         self._pipe.send("step")
-        took_s, value = self._pipe.recv()
+        took_s, value = self._receive()
         return took_s, value
 
     def close(self) -> None:
         """Ends the process."""
         self._pipe.send("end")
-        self._process.join()
+        self._process.wait()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the side {self._target} ended, see its output (exit {self._process.wait()})") from None
 
 
-def _serve(target: str, payload: dict[str, Any], clock: str, pipe: Connection) -> None:
+def _serve(pipe: Connection) -> None:
+    """In the side's process; ends by itself if the benchmark does."""
+    target, payload, clock = pipe.recv()
     now = CLOCKS[clock]
     module, function = target.split(":")
     step: Step = getattr(importlib.import_module(module), function)(payload)
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        started = now()
-        value = step()
-        pipe.send((now() - started, value))
+    try:
+        pipe.send("ready")
+        while pipe.recv() == "step":
+            started = now()
+            value = step()
+            pipe.send((now() - started, value))
+    except (EOFError, BrokenPipeError):
+        return
 
 
 def compare(
@@ -165,3 +183,9 @@ def report(path: str | None, rows: list[dict[str, Any]], settings: dict[str, Any
     temporary = Path(path + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    # In place of this folder, whose files would hide packages of the same names.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    _serve(Connection(int(sys.argv[1])))

@@ -108,7 +108,7 @@ def _put_megatrons_own_functions_back() -> None:
     from megatron.core.tensor_parallel import layers
 
     names = {
-        layers: ("linear_with_grad_accumulation_and_async_allreduce",),
+        layers: ("linear_with_grad_accumulation_and_async_allreduce", "F"),
         param_and_grad_buffer: ("dist_all_gather_func", "dist_reduce_scatter_func"),
     }
     for module, functions in names.items():

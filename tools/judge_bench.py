@@ -44,6 +44,7 @@ from megatron_sip.evaluation.judge_bench import (
     cut_off,
     pair_biases,
 )
+from megatron_sip.observability.progress import Progress
 from megatron_sip.teacher.build import build_judge
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.http.greeting import complaints
@@ -51,6 +52,12 @@ from megatron_sip.teacher.interfaces import Judge, JudgeGroup, ModelSource, Pass
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 
 _BATCH = 256
+_FIELDS = {
+    "quality": ("prefix", "options", "label", "source"),
+    "safety": ("text", "label", "source"),
+    "rewrite": ("prefix", "suffix", "label", "source"),
+}
+"""What examples of a task have."""
 COMPARE = "--compare"
 
 
@@ -99,6 +106,11 @@ class Examples:
         self._tokenizer = tokenizer
         self._records = list(_records(options.examples))
         self.criterion = options.criterion or str(self._records[0]["task"])
+        if self.criterion not in LABELS and self.criterion != "quality":
+            raise DataError(
+                f"{options.examples} holds {self.criterion} examples, which no judge is asked about: give quality's or "
+                "safety's"
+            )
         needed = "safety" if self.criterion == "safety" else "quality"
         if any(record["task"] != needed for record in self._records):
             raise DataError(f"{options.examples} holds no {needed} examples alone, which {self.criterion} is asked on")
@@ -147,6 +159,11 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"--examples {path}: {error}; make it with tools/make_judge_data.py") from error
     if not records:
         raise DataError(f"--examples {path}: it is empty; make it with tools/make_judge_data.py")
+    for number, record in enumerate(records, start=1):
+        needed = _FIELDS.get(str(record.get("task")), ("task",)) if isinstance(record, dict) else ("task",)
+        lacking = [name for name in needed if not isinstance(record, dict) or name not in record]
+        if lacking:
+            raise DataError(f"--examples {path}:{number}: no {lacking[0]!r}; make it with tools/make_judge_data.py")
     yield from records
 
 
@@ -185,12 +202,14 @@ async def measure(options: BenchOptions, models: ModelSource | None) -> tuple[di
     try:
         # Missing votes are not kept: they are asked again.
         _write(path, about, list(known.values()), "wb")
+        progress = Progress(examples.criterion, len(asked), "votes")
         for start in range(0, len(asked), _BATCH):
             new, failure = await _ask(judge, asked[start : start + _BATCH])
             missing = f"; missing ones, for example {failure}" if failure else ""
             print(f"{min(start + _BATCH, len(asked)):,} of {len(asked):,} votes asked for{missing}", file=sys.stderr)
             _write(path, None, new, "ab")
             known |= {(vote.example, vote.form, vote.good_first, vote.number): vote for vote in new}
+            progress.advance(len(new))
     finally:
         if remote is not None:
             await remote.aclose()
@@ -289,13 +308,18 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     try:
         if argv[:1] == [COMPARE]:
+            if len(argv) == 1:
+                raise ConfigurationError("--compare names no file: give two or more of --output")
             print(compare(argv[1:]))
             return 0
         options = load(BenchOptions, argv, prog="judge_bench.py", description=__doc__ or "")
         about, votes = asyncio.run(measure(options, _models(options)))
     except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigurationError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: repeat the command, and it goes on where it was", file=sys.stderr)
+        return 130
     print(describe(about, votes))
     missing = sum(math.isnan(vote.favoured) for vote in votes)
     print(json.dumps({"about": about, "missing": missing, "votes": len(votes)}))

@@ -11,17 +11,16 @@ in training or in validation.
             --teacher http, else rules
   safety    suffixes of whose safety all votes (8) agree; as many safe as unsafe ones
   rewrite   the same with their prefixes, for the rewriter
-Written are OUTPUT/{quality,safety,rewrite}.{train,valid}.jsonl. A run that was stopped goes on where it was; the same
-input, options and answers give the same files.
+Copies of a document serve the same kind and split. Written are OUTPUT/{quality,safety,rewrite}.{train,valid}.jsonl. A
+run that was stopped goes on where it was; the same input, options and answers give the same files.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,18 +32,26 @@ import orjson
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config import load, option
+from megatron_sip.data.example_files import ExampleFiles
 from megatron_sip.data.order import draw, mix
 from megatron_sip.data.readers import expand_inputs, read_batches
-from megatron_sip.errors import ConfigurationError, DataError, SIPError
+from megatron_sip.errors import ConfigurationError, DataError, JudgeError, SIPError
+from megatron_sip.observability.progress import Progress
 from megatron_sip.teacher.build import build_corrupter, build_judge
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.corrupter import Corrupter
-from megatron_sip.teacher.http.failures import kind_of
-from megatron_sip.teacher.interfaces import Judge, JudgeGroup, Passage, Question, RemotePart, RewriteItem
+from megatron_sip.teacher.http.failures import REJECTED, SERVER, TRANSPORT, kind_of
+from megatron_sip.teacher.interfaces import Judge, JudgeGroup, ModelSource, Passage, Question, RemotePart, RewriteItem
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 
-KINDS, SPLITS = ("quality", "safety", "rewrite"), ("train", "valid")
-PROGRESS = "progress.json"
+LABELS = {"quality": ("1", "2"), "safety": ("safe", "unsafe"), "rewrite": ("safe", "unsafe")}
+KINDS, SPLITS = tuple(LABELS), ("train", "valid")
+PLACING = 2
+"""Counted up when documents are dealt out in another way: a run does not go on with what was dealt out differently."""
+
+
+_SERVERS = (TRANSPORT, SERVER, REJECTED)
+"""Failures that speak of the servers or of how they are asked, not of a document."""
 
 
 @dataclass(frozen=True)
@@ -105,60 +112,10 @@ class Cut:
     """Its number is that of the document's line, over all files."""
 
 
-class Writer:
-    """The six files, and how far they are: a file that is longer than the last record of progress is cut back."""
-
-    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
-        self._directory = directory
-        self._identity = identity
-        self.counts: Counter[str] = Counter()
-        """Examples per "kind split label"."""
-        self.dropped: Counter[str] = Counter()
-        self.next_line = 0
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / PROGRESS
-        sizes = {}
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["options"] != identity:
-                raise DataError(f"{directory} holds examples made with other options: give another --output")
-            self.counts, self.dropped = Counter(found["counts"]), Counter(found["dropped"])
-            self.next_line, sizes = found["next_line"], found["sizes"]
-        for name in self._names():
-            with (directory / name).open("ab") as stream:
-                stream.truncate(sizes.get(name, 0))
-
-    def write(self, records: Sequence[tuple[str, dict[str, Any]]], next_line: int) -> None:
-        """Appends records by file name; after it a stopped run goes on at ``next_line``."""
-        by_name: dict[str, list[bytes]] = {}
-        for name, record in records:
-            by_name.setdefault(name, []).append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
-        for name, lines in by_name.items():
-            with (self._directory / name).open("ab") as stream:
-                stream.write(b"".join(lines))
-                stream.flush()
-                os.fsync(stream.fileno())
-        self.next_line = next_line
-        content = {
-            "next_line": next_line,
-            "counts": dict(sorted(self.counts.items())),
-            "dropped": dict(sorted(self.dropped.items())),
-            "sizes": {name: (self._directory / name).stat().st_size for name in self._names()},
-            "options": self._identity,
-        }
-        temporary = self._directory / (PROGRESS + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self._directory / PROGRESS)
-
-    @staticmethod
-    def _names() -> list[str]:
-        return [f"{kind}.{split}.jsonl" for kind in KINDS for split in SPLITS]
-
-
 class Maker:
     """From cuts to examples, until there are enough of each."""
 
-    def __init__(self, options: DataOptions, writer: Writer, corrupter: Corrupter, safety: Judge | None) -> None:
+    def __init__(self, options: DataOptions, writer: ExampleFiles, corrupter: Corrupter, safety: Judge | None) -> None:
         self._options = options
         self._writer = writer
         self._corrupter = corrupter
@@ -168,6 +125,10 @@ class Maker:
     def finished(self) -> bool:
         return not any(self.open_kinds(split) for split in SPLITS)
 
+    @property
+    def num_made(self) -> int:
+        return sum(self._writer.counts.values())
+
     def open_kinds(self, split: str) -> list[str]:
         """Kinds of which there are not enough yet."""
         return [kind for kind in KINDS if self._made(kind, split) < self._options.wanted(kind, split)]
@@ -175,8 +136,21 @@ class Maker:
     def _made(self, kind: str, split: str) -> int:
         return sum(count for name, count in self._writer.counts.items() if name.startswith(f"{kind} {split} "))
 
+    def drop(self, reason: str) -> None:
+        """Counts a document that becomes no example; recorded with the next batch."""
+        self._writer.dropped[reason] += 1
+
     async def make(self, cuts: Sequence[Cut], next_line: int) -> None:
         """Asks about a batch of documents and writes what comes of it."""
+        before = self._writer.counts.copy(), self._writer.dropped.copy()
+        try:
+            await self._make(cuts, next_line)
+        except JudgeError:
+            # Nothing of this batch is recorded: its documents are asked about again.
+            self._writer.counts, self._writer.dropped = before
+            raise
+
+    async def _make(self, cuts: Sequence[Cut], next_line: int) -> None:
         quality = [cut for cut in cuts if cut.kind == "quality"]
         others = [cut for cut in cuts if cut.kind != "quality"]
         records = await self._quality(quality) + await self._safe_and_unsafe(others)
@@ -185,9 +159,10 @@ class Maker:
     async def _quality(self, cuts: Sequence[Cut]) -> list[tuple[str, dict[str, Any]]]:
         records = []
         corruptions = await self._corrupter.corrupt([cut.item for cut in cuts]) if cuts else []
+        _require_answers([corruption.failure for corruption in corruptions])
         for cut, corruption in zip(cuts, corruptions, strict=True):
             if corruption.text is None:
-                self._writer.dropped[f"quality: {corruption.failure}"] += 1
+                self._writer.dropped[f"quality: {_reason(corruption.failure)}"] += 1
                 continue
             if self._made("quality", cut.split) >= self._options.wanted("quality", cut.split):
                 continue
@@ -207,6 +182,7 @@ class Maker:
         votes = self._options.safety_votes
         questions = [Question(_alone(cut.item), (0,), vote) for cut in cuts for vote in range(votes)]
         verdicts = await self._safety.ask(questions)
+        _require_answers([verdict.failure for verdict in verdicts])
         records = []
         for index, cut in enumerate(cuts):
             given = verdicts[index * votes : (index + 1) * votes]
@@ -231,6 +207,23 @@ class Maker:
         return records
 
 
+def _require_answers(failures: Sequence[str]) -> None:
+    """Raises JudgeError if a server could not be reached, or answered more than half of the questions by an error: no
+    document is to blame for that. Fewer errors may be a document's, which is then dropped: the run would never end."""
+    failed = [failure for failure in failures if failure and kind_of(failure) in _SERVERS]
+    unreached = any(kind_of(failure) == TRANSPORT for failure in failed)
+    if unreached or 2 * len(failed) > len(failures):
+        raise JudgeError(
+            f"{len(failed)} of {len(failures)} questions got no answer ({failed[-1]}): see to the servers and the "
+            "--judge-... flags, then repeat the command; what is made is kept"
+        )
+
+
+def _reason(failure: str) -> str:
+    """The kind of an HTTP failure, which quotes what differs from case to case; a rule's words as they are."""
+    return kind_of(failure) if kind_of(failure) != "other" else failure
+
+
 def _alone(item: RewriteItem) -> JudgeGroup:
     return JudgeGroup(item.sample_id, item.prefix, item.suffix, (item.suffix,), ("suffix",))
 
@@ -249,16 +242,20 @@ def documents(options: DataOptions, first: int) -> Iterator[tuple[int, str, str]
                 for key in options.source_key.split("."):
                     source = source.get(key, {}) if isinstance(source, dict) else {}
             except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-                raise DataError(f"input line {number + 1} has no {options.json_key!r} ({error!r}): mend it") from error
+                raise DataError(
+                    f"input line {number + 1} has no {options.json_key!r} ({error!r}): mend it, or give --json-key"
+                ) from error
             yield number, text, source if isinstance(source, str) and source else "all"
 
 
-def place(options: DataOptions, number: int) -> tuple[str, str]:
-    """(kind, split) that a document serves: in proportion to what is wanted, by its number alone."""
+def place(options: DataOptions, text: str) -> tuple[str, str]:
+    """(kind, split) that a document serves: in proportion to what is wanted, by its words alone, so that no copy of a
+    training document is held out."""
     wanted = [(kind, split, options.wanted(kind, split)) for kind in KINDS for split in SPLITS]
     # A quality document gives two examples; of the others some are dropped, for their votes or their label.
     weights = [count if kind == "quality" else 4 * count for kind, _, count in wanted]
-    chosen = draw(0, sum(weights) - 1, options.seed, number)
+    digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "replace"), digest_size=7).digest()
+    chosen = draw(0, sum(weights) - 1, options.seed, int.from_bytes(digest, "little"))
     index = int(np.searchsorted(np.cumsum(weights), chosen, side="right"))
     return wanted[index][0], wanted[index][1]
 
@@ -279,14 +276,14 @@ def cut_document(options: DataOptions, tokenizer: Tokenizer, number: int, text: 
     )
 
 
-async def make(options: DataOptions) -> Writer:
+async def make(options: DataOptions) -> ExampleFiles:
     """Makes what is missing of the examples."""
     tokenizer = build_tokenizer(options.tokenizer)
     identity = {
         name: value for name, value in asdict(options).items() if name not in ("teacher", "documents_at_a_time")
     }
-    identity = json.loads(json.dumps({**identity, "tokenizer": tokenizer.fingerprint}))
-    writer = Writer(Path(options.output), identity)
+    identity = json.loads(json.dumps({**identity, "tokenizer": tokenizer.fingerprint, "placing": PLACING}))
+    writer = ExampleFiles(Path(options.output), [f"{k}.{s}.jsonl" for k in KINDS for s in SPLITS], identity)
     remotes: list[RemotePart | None] = []
     corrupter, remote = build_corrupter(
         options.teacher, options.corruption_kinds, options.corruption_share, mix(options.seed, 2)
@@ -294,23 +291,11 @@ async def make(options: DataOptions) -> Writer:
     remotes.append(remote)
     safety: Judge | None = None
     if any(options.wanted(kind, split) for kind in ("safety", "rewrite") for split in SPLITS):
-        safety, remote = build_judge(options.teacher, "safety", tokenizer.fingerprint)
+        safety, remote = build_judge(options.teacher, "safety", tokenizer.fingerprint, _models(options))
         remotes.append(remote)
     maker = Maker(options, writer, corrupter, safety)
     try:
-        batch: list[Cut] = []
-        for number, text, source in documents(options, writer.next_line):
-            kind, split = place(options, number)
-            item = cut_document(options, tokenizer, number, text)
-            if item is not None and kind in maker.open_kinds(split):
-                batch.append(Cut(kind, split, source, item))
-            if len(batch) >= options.documents_at_a_time:
-                await maker.make(batch, number + 1)
-                batch = []
-            if maker.finished:
-                break
-        if batch:
-            await maker.make(batch, number + 1)
+        await _make_all(options, tokenizer, maker, writer.next_line)
     finally:
         for part in remotes:
             if part is not None:
@@ -318,27 +303,94 @@ async def make(options: DataOptions) -> Writer:
     return writer
 
 
-def main() -> None:
-    """Makes the examples, and says how many there are and what was dropped."""
+async def _make_all(options: DataOptions, tokenizer: Tokenizer, maker: Maker, first_line: int) -> None:
+    wanted = sum(options.wanted(kind, split) for kind in KINDS for split in SPLITS)
+    progress = Progress("examples", wanted - maker.num_made, "examples")
+
+    async def make_batch(cuts: Sequence[Cut], next_line: int) -> None:
+        before = maker.num_made
+        await maker.make(cuts, next_line)
+        progress.advance(maker.num_made - before)
+
+    batch: list[Cut] = []
+    number = first_line - 1
+    for number, text, source in documents(options, first_line):
+        if maker.finished:
+            return
+        kind, split = place(options, text)
+        if kind not in maker.open_kinds(split):
+            continue
+        item = cut_document(options, tokenizer, number, text)
+        if item is None:
+            maker.drop(f"{kind}: document shorter than prefix and suffix")
+            continue
+        batch.append(Cut(kind, split, source, item))
+        if len(batch) >= options.documents_at_a_time:
+            await make_batch(batch, number + 1)
+            batch = []
+    if batch:
+        await make_batch(batch, number + 1)
+
+
+def _models(options: DataOptions) -> ModelSource | None:
+    if options.teacher.teacher != "model":
+        return None
+    # Only here: it needs Megatron-Core.
+    from megatron_sip.train.model_teacher import OwnModels
+
+    return OwnModels(options.teacher, options.tokenizer)
+
+
+def main() -> int:
+    """Makes the examples, says how many there are and what was dropped; returns the exit status."""
     try:
         options = load(DataOptions, sys.argv[1:], prog="make_judge_data.py", description=__doc__ or "")
         writer = asyncio.run(make(options))
-    except SIPError as error:
-        sys.exit(f"error: {error}")
+    except (SIPError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: repeat the command, and it goes on where it was", file=sys.stderr)
+        return 130
+    return _report(options, writer)
+
+
+def _report(options: DataOptions, writer: ExampleFiles) -> int:
     short = []
-    for kind in KINDS:
-        for split in SPLITS:
-            wanted = options.wanted(kind, split)
-            labels = {n.split()[2]: c for n, c in sorted(writer.counts.items()) if n.startswith(f"{kind} {split} ")}
-            if wanted:
-                print(f"{kind}.{split}.jsonl: {sum(labels.values()):,} of {wanted:,} {labels}")
-            if sum(labels.values()) < wanted:
-                short.append(f"{kind}.{split}")
+    for kind, split, names in ((kind, split, LABELS[kind]) for kind in KINDS for split in SPLITS):
+        wanted = options.wanted(kind, split)
+        labels = {name: writer.counts[f"{kind} {split} {name}"] for name in names}
+        if wanted:
+            print(f"{kind}.{split}.jsonl: {sum(labels.values()):,} of {wanted:,} {labels}")
+        short += [f"{kind}.{split} ({n} {c:,} of {wanted // 2:,})" for n, c in labels.items() if c < wanted // 2]
     for reason, count in sorted(writer.dropped.items()):
         print(f"dropped {count:,} ({reason})")
     if short:
-        sys.exit(f"error: the input has too few documents for {', '.join(short)}: give more, or ask for fewer examples")
+        print(
+            f"error: the input has too few documents for {', '.join(short)}: give more --input or ask for fewer "
+            "examples, with another --output",
+            file=sys.stderr,
+        )
+        return 1
+    print(*next_commands(options), sep="\n")
+    return 0
+
+
+def next_commands(options: DataOptions) -> list[str]:
+    """What trains on the files, one command a line."""
+
+    def files(split: str, *kinds: str) -> str:
+        named = [str(Path(options.output) / f"{kind}.{split}.jsonl") for kind in kinds if options.wanted(kind, split)]
+        return f" --{split}-data {' '.join(named)}" if named else ""
+
+    lines = []
+    for tool, kinds in (("judge", ("quality", "safety")), ("rewriter", ("rewrite",))):
+        if files("train", *kinds):
+            lines.append(f"  tools/train_{tool}.py{files('train', *kinds)}{files('valid', *kinds)} ...")
+    if options.quality_valid:
+        lines.append(f"  tools/judge_bench.py --examples {options.output}/quality.valid.jsonl --output VOTES.jsonl ...")
+    return ["next:", *lines] if lines else []
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         select_device,
         synchronize,
     )
+    from megatron_sip.distributed.main_grad import mark_as_added
     from megatron_sip.distributed.platform import install_cpu_platform
 else:
     __getattr__ = imported_when_asked_for(
@@ -26,6 +27,7 @@ else:
         cpu_linear="linear",
         device="capture communication_backend device_memory_bytes memory_metrics pin release_cached_memory "
         "select_device synchronize",
+        main_grad="mark_as_added",
         platform="install_cpu_platform",
     )
 
@@ -39,6 +41,7 @@ __all__ = [
     "initialize",
     "install_cpu_platform",
     "linear",
+    "mark_as_added",
     "memory_metrics",
     "pin",
     "release_cached_memory",

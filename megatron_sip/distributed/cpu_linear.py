@@ -1,4 +1,4 @@
-"""Matrix products on CPU through oneDNN, and Megatron-Core's linear layers made of them.
+"""Matrix products on CPU through oneDNN, Megatron-Core's linear layers made of them, and its embedding's look-up.
 
 torch multiplies float32 matrices on CPU through MKL, which on AMD processors leaves the AVX-512 units idle: on the
 machine of docs/results/performance.md oneDNN is 2.0 to 2.9 times as fast, in the same precision. bfloat16 goes through
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from megatron_sip.distributed.main_grad import mark_as_added
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -73,3 +75,33 @@ def linear_for_megatron(
         input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
     result: torch.Tensor = _Linear.apply(input, weight, bias)
     return result
+
+
+def look_up(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Stand-in for ``F.embedding``: int64 [...] and [v, H] -> [..., H].
+
+    torch's gives the whole weight a gradient, mostly zeros, which is then added to all of ``main_grad``: here only the
+    rows looked up are touched, in float32, as Megatron's fused accumulation does it for products.
+    """
+    result: torch.Tensor = _LookUp.apply(indices, weight)
+    return result
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(indices, weight)
+        return F.embedding(indices, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, torch.Tensor | None]:
+        indices, weight = ctx.saved_tensors
+        rows = grad_outputs[0].flatten(0, -2)
+        main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            return None, torch.zeros_like(weight).index_add_(0, indices.flatten(), rows)
+        main_grad.index_add_(0, indices.flatten(), rows.to(main_grad.dtype))
+        if getattr(weight, "zero_out_wgrad", False):
+            return None, torch.zeros_like(weight)  # the output layer of this stage gives autograd the same weight's
+        mark_as_added(weight)
+        return None, None

@@ -6,9 +6,12 @@ Tried with megatron-core 0.16.1 and 0.19.2; the reason for every stand-in is bes
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import platform
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_sip.library_warnings import hide_cuda_advice
 
 CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def install_cpu_platform() -> bool:
@@ -34,6 +38,7 @@ def install_cpu_platform() -> bool:
     _replace_random_state_functions()
     _replace_cuda_functions()
     _replace_linear_layers()
+    _keep_freed_memory()
     _skip_collectives_of_one_rank()
     # Never left again: Megatron's layers ask for device="cuda" for as long as the process lives.
     _CudaArgumentsOnCpu().__enter__()
@@ -182,9 +187,19 @@ def _replace_linear_layers() -> None:
     # Megatron's multiplies through torch.matmul: MKL in float32, which is slow on AMD processors.
     from megatron.core.tensor_parallel import layers
 
-    from megatron_sip.distributed.cpu_linear import linear_for_megatron
+    from megatron_sip.distributed.cpu_linear import linear_for_megatron, look_up
 
     layers.linear_with_grad_accumulation_and_async_allreduce = linear_for_megatron
+    layers.F = SimpleNamespace(embedding=look_up)  # all that its module takes of torch.nn.functional
+
+
+def _keep_freed_memory() -> None:
+    # glibc gives freed memory at the heap's end back to the system, and takes it anew, page by page, in the next layer
+    # and the next step: about 0.1 s of a step of 1.5 s. Blocks of 32 MiB and more still go back at once.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None and platform.libc_ver()[0] == "glibc":
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _skip_collectives_of_one_rank() -> None:

@@ -54,9 +54,10 @@ class MetricSums:
 
 def padding(name: str, batch: RowBatch, device: torch.device) -> Metrics:
     """``padding/<name>``: tokens of a micro-batch that are padding or stand in rows that teach nothing, of all."""
-    total = torch.tensor(float(batch.tokens.numel()))
-    padded = total - batch.num_real_tokens().cpu()
-    return {f"padding/{name}": (padded.to(device), total.to(device))}
+    total = float(batch.tokens.numel())
+    padded = total - float(batch.num_real_tokens())
+    # Filled there: a copy would make the host wait for all that the device has queued.
+    return {f"padding/{name}": (torch.full((), padded, device=device), torch.full((), total, device=device))}
 
 
 def _joined(name: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

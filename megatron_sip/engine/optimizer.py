@@ -71,9 +71,7 @@ class Optimizer:
     def step(self, grad_norm: float, learning_rate: float) -> None:
         """Clips, updates, and gathers the new parameters."""
         self._set_group_options(learning_rate)
-        parameters = self._megatron.get_parameters()
-        if self._config.clip_grad > 0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=self._config.clip_grad, total_norm=grad_norm)
+        self._clip(grad_norm)
         self._megatron.step_with_ready_grads()
 
     def finish_parameter_sync(self) -> None:
@@ -138,6 +136,17 @@ class Optimizer:
         self._give_each_parameter_its_step()
         self._use_fused_kernels()
         self._set_group_options(learning_rate=self._config.lr)
+
+    def _clip(self, grad_norm: float) -> None:
+        parameters = self._megatron.get_parameters()
+        if self._config.clip_grad <= 0 or not parameters:
+            return
+        if not self._is_torch:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=self._config.clip_grad, total_norm=grad_norm)
+            return
+        # torch's fused AdamW divides the gradients by this on its way: no pass over them, and no second copy of them.
+        divisor = max(1.0, (grad_norm + 1e-6) / self._config.clip_grad)
+        self._inner.grad_scale = torch.full((), divisor, device=self._context.device)  # type: ignore[attr-defined]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         for group in self._inner.param_groups:

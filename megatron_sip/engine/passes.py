@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sip.distributed import ParallelContext
+from megatron_sip.distributed import ParallelContext, pin
 from megatron_sip.model import CausalPlan, ScoreTargets, SharedPrefixPlan
 from megatron_sip.types import AttentionPlan, Objective, RowBatch
 
@@ -136,9 +136,15 @@ def to_device(batch: RowBatch, device: torch.device) -> RowBatch:
     """The batch with its tensors on ``device``; the prefix lengths stay on the host, where attention reads them."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "prefix_lengths"}
     moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, torch.Tensor)
+        name: _moved(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)
     }
     return replace(batch, **moved)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # Out of pageable memory a copy would wait for all that the device has queued, whatever non_blocking says.
+    source = pin(tensor, device) if tensor.device.type == "cpu" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def plan_of(batch: RowBatch) -> AttentionPlan:

@@ -6,6 +6,8 @@ C candidates, T candidate block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -103,14 +105,13 @@ class _SharedPrefixAttention(torch.autograd.Function):
         own = own.unflatten(0, (-1, layout.num_candidates)).transpose(1, 2).flatten(2, 3)  # [b, h, C * T, d]
         own_log_sum = own_log_sum.unflatten(0, (-1, layout.num_candidates)).transpose(1, 2).flatten(2)
         log_sums = []
-        for row, length in enumerate(lengths):
-            one = slice(row, row + 1)
+        for rows, length in _alike(lengths):
             shared, log_sum = attend(
-                queries[one, :, width:], keys[one, :, :length], values[one, :, :length], causal=False
+                queries[rows, :, width:], keys[rows, :, :length], values[rows, :, :length], causal=False
             )
-            share = (own_log_sum[one] - log_sum).sigmoid().unsqueeze(-1)  # of a candidate's own keys in the whole
-            outputs[one, :, width:] = torch.lerp(shared.float(), own[one].float(), share)
-            log_sums.append(torch.logaddexp(own_log_sum[one], log_sum))
+            share = (own_log_sum[rows] - log_sum).sigmoid().unsqueeze(-1)  # of a candidate's own keys in the whole
+            outputs[rows, :, width:] = torch.lerp(shared.float(), own[rows].float(), share)
+            log_sums.append(torch.logaddexp(own_log_sum[rows], log_sum))
         ctx.layout, ctx.lengths = layout, lengths
         ctx.save_for_backward(query, key, value, output, prefix_log_sum, torch.cat(log_sums))
         return output
@@ -136,16 +137,25 @@ class _SharedPrefixAttention(torch.autograd.Function):
         )
         for result, part in zip((grad_queries, grad_keys, grad_values), of_prefix, strict=True):
             result[:, :, first] = part
-        for row, length in enumerate(ctx.lengths):
-            one = slice(row, row + 1)
+        for rows, length in _alike(ctx.lengths):
             of_queries, of_keys, of_values = attend_backward(
-                log_sums[one], grads[one, :, width:], queries[one, :, width:], keys[one, :, :length],
-                values[one, :, :length], outputs[one, :, width:], causal=False,
+                log_sums[rows], grads[rows, :, width:], queries[rows, :, width:], keys[rows, :, :length],
+                values[rows, :, :length], outputs[rows, :, width:], causal=False,
             )  # fmt: skip
-            grad_queries[one, :, width:] += of_queries
-            grad_keys[one, :, :length] += of_keys
-            grad_values[one, :, :length] += of_values
+            # Not +=, which after the addition copies the part over itself.
+            grad_queries[rows, :, width:].add_(of_queries)
+            grad_keys[rows, :, :length].add_(of_keys)
+            grad_values[rows, :, :length].add_(of_values)
         return *results, None, None
+
+
+def _alike(lengths: list[int]) -> Iterator[tuple[slice, int]]:
+    """Neighbouring rows of equal prefixes, which one call serves (all rows, where prefixes are cut at one length)."""
+    start = 0
+    for length, rows in groupby(lengths):
+        stop = start + len(list(rows))
+        yield slice(start, stop), length
+        start = stop
 
 
 def _blocks(x: torch.Tensor, layout: RowLayout) -> torch.Tensor:

@@ -87,9 +87,9 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig, device: to
         overlap_p2p_comm=num_virtual_stages is not None,
         batch_p2p_comm=num_virtual_stages is None,
         deallocate_pipeline_outputs=True,
-        # These are compiled kernels: there is no compiler to count on beside a CPU.
-        bias_activation_fusion=on_cuda,
-        bias_dropout_fusion=on_cuda,
+        # Compiled kernels for what is not there (bias, dropout), compiled anew for every other width of the rows.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
         gradient_accumulation_fusion=on_cuda and _apex_accumulates_gradients(),
         apply_rope_fusion=False,  # it ignores positions per row
     )

@@ -10,21 +10,44 @@ does both directions with nothing computed twice.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sip.distributed import linear
+from megatron_sip.distributed import linear, mark_as_added
 from megatron_sip.model.logprobs import num_valid_columns
 
 _MIN_ROWS = 128
-"""Positions of a block, at least: with fewer, adding to the weight's gradient costs more than computing it."""
-_BLOCK_LOGITS = {"cpu": 6 * 2**20, "cuda": 2**26}
-"""Logits of a block. On CPU 24 MiB: above 32 MiB every block's memory comes anew from the system, page by page. A GPU
-needs more to be busy."""
-_WEIGHT_BLOCK = 2**20
-"""Entries of the weight's gradient that are computed and added at a time: small enough for a cache."""
+"""Positions that a block may always have: with fewer, adding to the weight's gradient costs more than computing it."""
+_STEP = 16
+"""Positions of a block are a multiple of it: a vector unit's width."""
+_TILE_LOGITS = 2**18
+"""Logits that are exponentiated at a time on CPU, in float32: 1 MiB, which a core's cache holds."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    share: int
+    """A block is about this part of the positions, within the limits below: small beside the whole tensor of logits,
+    whose memory is what the blocks are there to save."""
+    least_bytes: int
+    """Of a block's logits in the model's precision: they may always be as many."""
+    most_bytes: int
+    """More only for the sake of ``_MIN_ROWS``."""
+    weight_block: int
+    """Entries of the weight's gradient that are computed and added at a time."""
+
+
+_SIZES = {
+    # Above 32 MiB every block's memory comes anew from the system, page by page; the weight's part fits a cache. An
+    # eighth of 512 positions at a vocabulary of 128,256 would be just below, in the heap, where such blocks leave holes
+    # that the next do not fit: 128 MiB in place of 56.
+    "cpu": _Sizes(7, 24 * 2**20, 24 * 2**20, 2**20),
+    # It needs more to be busy.
+    "cuda": _Sizes(8, 2**24, 2**26, 2**22),
+}
 
 
 def target_log_probs(
@@ -68,14 +91,33 @@ class _Shape:
         self.tied = tied
         self.first = group.rank() * num_columns
         self.num_valid = num_valid_columns(num_columns, vocab_size, group.rank())
-        block = _BLOCK_LOGITS[weight.device.type]
-        self.rows_per_block = max(_MIN_ROWS, block // num_columns)
+        self.sizes = _SIZES[weight.device.type]
+        self.row_bytes = num_columns * weight.element_size()
+        # A GPU wants few kernels; ranks that share the vocabulary would meet for every tile.
+        whole = weight.device.type != "cpu" or group.size() > 1
+        self.rows_per_tile: int | None = None if whole else max(1, _TILE_LOGITS // num_columns)
         self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
 
     def blocks(self, num_positions: int) -> list[slice]:
         """Positions of each block."""
-        starts = range(0, num_positions, self.rows_per_block)
-        return [slice(start, min(start + self.rows_per_block, num_positions)) for start in starts]
+        return _cut(num_positions, _rows_per_block(self.sizes, num_positions, self.row_bytes))
+
+    def tiles(self, num_rows: int) -> list[slice]:
+        """Rows of a block that are exponentiated together."""
+        return _cut(num_rows, self.rows_per_tile or max(1, num_rows))
+
+
+def _rows_per_block(sizes: _Sizes, num_positions: int, row_bytes: int) -> int:
+    share = -(-num_positions // sizes.share)
+    most = max(sizes.most_bytes // row_bytes, _MIN_ROWS)
+    rows = min(max(share, sizes.least_bytes // row_bytes, 1), most)
+    num_blocks = max(1, -(-num_positions // rows))
+    even = -(-num_positions // num_blocks)
+    return min(most, -(-even // _STEP) * _STEP)
+
+
+def _cut(total: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, total)) for start in range(0, total, max(1, step))]
 
 
 class _TargetLogProbs(torch.autograd.Function):
@@ -92,13 +134,12 @@ class _TargetLogProbs(torch.autograd.Function):
         log_sums = torch.empty_like(log_probs)
         grads = None if gradient is None else _Gradients(hidden, weight, shape)
         for block in shape.blocks(len(targets)):
-            exponentials = _logits(hidden[block], weight, shape)
-            chosen, shifts = _exponentiate(exponentials, targets[block], shape)
-            log_sums[block], log_probs[block] = _normalize(exponentials, chosen, shifts, shape)
-            if grads is not None and gradient is not None:
-                scale = -gradient[block] * (shifts - log_sums[block]).exp()
-                _to_gradient(exponentials, scale, targets[block], gradient[block], shape)
-                grads.add(block, exponentials)
+            wanted = None if gradient is None else gradient[block]
+            logits = _logits(hidden[block], weight, shape)
+            log_sums[block], log_probs[block] = _reduce(logits, targets[block], wanted, shape)
+            if grads is not None:
+                grads.add(block, logits)
+            del logits  # else the next block's come beside them
         ctx.shape, ctx.gradients = shape, grads
         ctx.save_for_backward(hidden, weight, targets, log_sums, gradient)
         return log_probs
@@ -113,16 +154,49 @@ class _TargetLogProbs(torch.autograd.Function):
         else:
             grads = _Gradients(hidden, weight, shape)
             for block in shape.blocks(len(targets)):
-                exponentials = _logits(hidden[block], weight, shape).sub_(log_sums[block].unsqueeze(-1)).exp_()
-                received = grad_outputs[0][block]
-                _to_gradient(exponentials, -received, targets[block], received, shape)
-                grads.add(block, exponentials)
+                logits = _logits(hidden[block], weight, shape)
+                _reduce_to_gradient(logits, log_sums[block], targets[block], grad_outputs[0][block], shape)
+                grads.add(block, logits)
+                del logits
         return *grads.finish(), None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, shape: _Shape) -> torch.Tensor:
-    """float32 [rows, r], of products in the model's precision; the padded columns are never computed."""
-    return linear(hidden, weight[: shape.num_valid]).float()
+    """[rows, r] in the model's precision; the padded columns are never computed."""
+    return linear(hidden, weight[: shape.num_valid])
+
+
+def _reduce(
+    logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None, shape: _Shape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [rows, r] -> logarithm of the denominator and log-prob of the target, float32 [rows] each. The logits are
+    overwritten, with their gradient if ``gradient`` [rows], that of the log-probs, is given."""
+    log_sums = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    log_probs = torch.empty_like(log_sums)
+    for tile in shape.tiles(len(targets)):
+        exponentials = logits[tile].float()  # float32 logits themselves, a copy of others
+        chosen, shifts = _exponentiate(exponentials, targets[tile], shape)
+        log_sums[tile], log_probs[tile] = _normalize(exponentials, chosen, shifts, shape)
+        if gradient is not None:
+            scale = -gradient[tile] * (shifts - log_sums[tile]).exp()
+            _to_gradient(exponentials, scale, targets[tile], gradient[tile], shape)
+            _write_back(exponentials, logits[tile])
+    return log_sums, log_probs
+
+
+def _reduce_to_gradient(
+    logits: torch.Tensor, log_sums: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor, shape: _Shape
+) -> None:
+    """Overwrites logits [rows, r], whose denominators are known, with their gradient."""
+    for tile in shape.tiles(len(targets)):
+        exponentials = logits[tile].float().sub_(log_sums[tile].unsqueeze(-1)).exp_()
+        _to_gradient(exponentials, -gradient[tile], targets[tile], gradient[tile], shape)
+        _write_back(exponentials, logits[tile])
+
+
+def _write_back(values: torch.Tensor, logits: torch.Tensor) -> None:
+    if values.dtype != logits.dtype:
+        logits.copy_(values)
 
 
 def _exponentiate(logits: torch.Tensor, targets: torch.Tensor, shape: _Shape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,17 +262,18 @@ class _Gradients:
             self._of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
     def add(self, block: slice, of_logits: torch.Tensor) -> None:
-        """``of_logits``: float32 [rows, r] of the block's positions."""
-        of_logits, inputs = of_logits.to(self._hidden.dtype), self._hidden[block]
+        """``of_logits``: [rows, r] of the block's positions, in the model's precision."""
+        inputs = self._hidden[block]
         num_valid = self._shape.num_valid
         self._of_hidden[block] = linear(of_logits, self._weight[:num_valid].t())
         assert self._of_weight is not None
-        step = max(1, _WEIGHT_BLOCK // inputs.shape[1])
+        step = max(1, self._shape.sizes.weight_block // inputs.shape[1])
         for start in range(0, num_valid, step):
             columns = slice(start, min(start + step, num_valid))
-            self._of_weight[columns] += linear(of_logits[:, columns].t(), inputs.t())
+            # Not +=, which after the addition copies the part over itself.
+            self._of_weight[columns].add_(linear(of_logits[:, columns].t(), inputs.t()))
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients for autograd, of hidden states (summed over the ranks) and weight."""
         if self._shape.group.size() > 1:
             dist.all_reduce(self._of_hidden, group=self._shape.group)
@@ -208,6 +283,5 @@ class _Gradients:
             return self._of_hidden, self._of_weight.to(weight.dtype)
         if self._shape.tied:  # autograd adds the embedding's to these
             return self._of_hidden, torch.zeros_like(weight)
-        # As Megatron's fused accumulation does it: a gradient that nobody reads sets off the parameter's hook.
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return self._of_hidden, torch.empty_like(weight)
+        mark_as_added(weight)
+        return self._of_hidden, None

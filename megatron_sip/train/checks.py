@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,11 @@ from megatron_sip.errors import CheckpointError, ConfigurationError
 from megatron_sip.teacher.ledger.files import segments
 
 if TYPE_CHECKING:
+    from megatron_sip.checkpoint.config import CheckpointConfig
+    from megatron_sip.model.config import ModelConfig
+    from megatron_sip.observability.config import ObservabilityConfig
+    from megatron_sip.teacher.config import TeacherConfig
+    from megatron_sip.tokenizer.config import TokenizerConfig
     from megatron_sip.train.config import TrainConfig
 
 _PATH_OPTIONS = ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path")
@@ -89,17 +94,21 @@ def find_missing(config: TrainConfig) -> list[str]:
     """What the run needs and this machine lacks: files, packages, checkpoints, places to write. One line each."""
     return [
         *_missing_corpora(config),
-        *_missing_tokenizer(config),
-        *_missing_kernels(config),
-        *_missing_teacher(config),
-        *_missing_checkpoints(config),
-        *_unwritable(config),
+        *missing_tokenizer(config.tokenizer),
+        *missing_kernels(config.model),
+        *missing_teacher(config.teacher, uses_judge(config), uses_rewriter(config)),
+        *missing_checkpoints(config.checkpoint),
+        *unwritable(config.checkpoint, config.observability, config.teacher.judge_ledger),
     ]
 
 
 def require_present(config: TrainConfig) -> None:
     """Raise ConfigurationError for the first thing that ``find_missing`` finds."""
-    missing = find_missing(config)
+    require_none(find_missing(config))
+
+
+def require_none(missing: Sequence[str]) -> None:
+    """Raise ConfigurationError for the first of what is missing."""
     if missing:
         more = f" (and {len(missing) - 1} more: --dry-run lists all)" if len(missing) > 1 else ""
         raise ConfigurationError(missing[0] + more)
@@ -272,8 +281,8 @@ def _missing_corpora(config: TrainConfig) -> Iterator[str]:
                 yield f"{flag}: no file {prefix}{' and '.join(lacking)}; tools/preprocess_data.py writes them"
 
 
-def _missing_tokenizer(config: TrainConfig) -> Iterator[str]:
-    tokenizer = config.tokenizer
+def missing_tokenizer(tokenizer: TokenizerConfig) -> Iterator[str]:
+    """The tokenizer's file or package, if it is not at hand."""
     package = _TOKENIZER_PACKAGES.get(tokenizer.tokenizer_type)
     if package is not None and importlib.util.find_spec(package) is None:
         yield f"--tokenizer-type {tokenizer.tokenizer_type}: package {package} is not installed; pip install {package}"
@@ -288,32 +297,33 @@ def _missing_tokenizer(config: TrainConfig) -> Iterator[str]:
         yield f"--tokenizer-model: nothing at {path}"
 
 
-def _missing_kernels(config: TrainConfig) -> Iterator[str]:
-    if config.model.transformer_impl == "transformer_engine" and not importlib.util.find_spec("transformer_engine"):
+def missing_kernels(model: ModelConfig) -> Iterator[str]:
+    """Transformer Engine, where it is asked for and not installed."""
+    if model.transformer_impl == "transformer_engine" and not importlib.util.find_spec("transformer_engine"):
         yield (
             "--transformer-impl transformer_engine: Transformer Engine is not installed; use NVIDIA's PyTorch image, "
             "or --transformer-impl auto"
         )
 
 
-def _missing_teacher(config: TrainConfig) -> Iterator[str]:
-    teacher = config.teacher
-    roles = teacher.http_roles(uses_judge(config), uses_rewriter(config))
+def missing_teacher(teacher: TeacherConfig, judging: bool, rewriting: bool) -> Iterator[str]:
+    """Endpoints, checkpoints, files and packages of whom is asked."""
+    roles = teacher.http_roles(judging, rewriting)
     yield from teacher.missing_http(roles, replaying=bool(teacher.replay_judgments))
     if teacher.replay_judgments and not segments(Path(teacher.replay_judgments)):
         yield f"--replay-judgments: no ledger at {teacher.replay_judgments}; give the --judge-ledger of a run"
-    yield from teacher.missing_models(uses_judge(config), uses_rewriter(config))
+    yield from teacher.missing_models(judging, rewriting)
     if roles and importlib.util.find_spec("aiohttp") is None:
         yield "--teacher http: package aiohttp is not installed; pip install aiohttp"
-    judges = uses_judge(config) and teacher.teacher == "embedded" and teacher.judge_quality_weight > 0
+    judges = judging and teacher.teacher == "embedded" and teacher.judge_quality_weight > 0
     if judges and teacher.judge_model and not teacher.replay_judgments and not Path(teacher.judge_model).is_file():
         yield f"--judge-model: no file {teacher.judge_model}; fit it with tools/fit_judge.py"
     if teacher.safety_words and not Path(teacher.safety_words).is_file():
         yield f"--safety-words: no file {teacher.safety_words}"
 
 
-def _missing_checkpoints(config: TrainConfig) -> Iterator[str]:
-    checkpoint = config.checkpoint
+def missing_checkpoints(checkpoint: CheckpointConfig) -> Iterator[str]:
+    """Checkpoints that a run cannot start without."""
     wanted = []
     if checkpoint.load is not None:
         required = checkpoint.finetune or checkpoint.exit_on_missing_checkpoint or checkpoint.ckpt_step is not None
@@ -329,19 +339,19 @@ def _missing_checkpoints(config: TrainConfig) -> Iterator[str]:
             yield f"{flag}: {directory} cannot be read ({error.strerror}): give the directory of a run's checkpoints"
         else:
             if found is None and required:
-                yield f"{flag}: no checkpoint in {directory}"
+                hint = f"; tools/convert_checkpoint.py to-megatron HF_DIR {directory} makes one of Hugging Face weights"
+                yield f"{flag}: no checkpoint in {directory}{hint if flag == '--pretrained-checkpoint' else ''}"
 
 
-def _unwritable(config: TrainConfig) -> Iterator[str]:
+def unwritable(checkpoint: CheckpointConfig, observability: ObservabilityConfig, ledger: str) -> Iterator[str]:
     """Folders of results that cannot be made, or written to: a run should not find out at its first save."""
-    observability = config.observability
     folders = {
-        "--save": config.checkpoint.save,
+        "--save": checkpoint.save,
         "--run-dir": observability.run_dir,
         "--tensorboard-dir": observability.tensorboard_dir,
     }
-    if config.teacher.judge_ledger:
-        folders["--judge-ledger"] = str(Path(config.teacher.judge_ledger).parent)
+    if ledger:
+        folders["--judge-ledger"] = str(Path(ledger).parent)
     for flag, folder in folders.items():
         if folder is None:
             continue

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from megatron_sip.curriculum import Curriculum, TriggerState
 from megatron_sip.data.build import build_loader
-from megatron_sip.errors import ConfigurationError
-from megatron_sip.model.presets import Architecture, count_parameters, padded_vocab_size
+from megatron_sip.model.presets import count_parameters, padded_vocab_size
 from megatron_sip.teacher.schedule import num_comparisons
 from megatron_sip.tokenizer import build_tokenizer
 from megatron_sip.train.checks import check_layout, find_missing, reference_policy, trains_on
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.dry_run_report import render
-from megatron_sip.train.estimate import BYTES_FP32, Layout, Precision, RankMemory, Workload, rank_memory
+from megatron_sip.train.estimate import BYTES_FP32, Layout, Precision, Workload, rank_memory
+from megatron_sip.train.sizes import Sizes, device_of, layout_of, precision_of, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -58,46 +58,15 @@ class PhaseFigures:
 
 
 @dataclass(frozen=True)
-class DryRun:
+class DryRun(Sizes):
     """The figures of the report."""
 
-    architecture: Architecture
-    preset: str
-    vocab_size: int
-    vocab_rows: int
-    world_size: int
-    layout: Layout
-    num_parameters: int
-    stages: tuple[RankMemory, ...]
-    host_bytes: int
-    """Pinned host memory of a rank for a reference that waits there."""
-    device_bytes: float
-    """What one rank may fill."""
-    device_words: str
-    """What that is, for "N GiB on ...": a device of so much memory, or a share of this machine's."""
-    device_note: str
-    """What was assumed of it, or nothing."""
     phases: tuple[PhaseFigures, ...]
     train_iters: int
     corpus_samples: Mapping[str, int]
     """"ntp" windows and "sip" prefix-suffix samples of one pass over the corpus, where known."""
     passes: Mapping[str, float]
     """The same streams -> passes over the corpus in the whole run."""
-    missing: tuple[str, ...]
-
-    @property
-    def peak(self) -> int:
-        """Bytes of the fullest rank."""
-        return max(stage.peak for stage in self.stages)
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= self.device_bytes
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the run could start: it fits, and nothing is missing."""
-        return self.fits and not self.missing
 
 
 def dry_run(config: TrainConfig, environment: Mapping[str, str]) -> tuple[str, bool]:
@@ -120,15 +89,15 @@ def examine(config: TrainConfig, world_size: int) -> DryRun:
     """
     curriculum = check_layout(config, world_size)
     missing = find_missing(config)
-    arch, vocab_size = config.model.resolve(), _vocabulary(config, missing)
-    layout = _layout(config, world_size)
+    arch, vocab_size = config.model.resolve(), vocabulary_size(config.tokenizer, missing)
+    layout = layout_of(config.parallel, arch.num_layers, world_size)
     rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, layout.tp)
     phases = tuple(_phases(config, curriculum, layout.dp))
-    precision, work = _precision(config), _workload(config, layout, phases, rows)
+    precision, work = precision_of(config.model, config.engine), _workload(config, layout, phases, rows)
     stages = tuple(rank_memory(arch, layout, precision, work, stage) for stage in range(layout.pp))
     on_host = reference_policy(config) != "none" and config.objective.reference_placement == "host"
     samples = _corpus_samples(config, missing)
-    device_bytes, device_words, device_note = _device(config, world_size)
+    device_bytes, device_words, device_note = device_of(config.training.dry_run_device_gib, world_size)
     return DryRun(
         architecture=arch,
         preset=config.model.preset,
@@ -153,24 +122,6 @@ def examine(config: TrainConfig, world_size: int) -> DryRun:
     )  # fmt: skip
 
 
-def _device(config: TrainConfig, world_size: int) -> tuple[float, str, str]:
-    """Bytes for one rank, what they are, and what was assumed; without a GPU all ranks share the machine's memory."""
-    given = config.training.dry_run_device_gib
-    if given is not None:
-        return given * 2**30, f"a device of {given:g} GiB", ""
-    # Here: --help and runs that name a device need neither.
-    import psutil
-
-    from megatron_sip.distributed import device_memory_bytes, select_device
-
-    total = device_memory_bytes(select_device(0))
-    if total is not None:
-        return total, f"a device of {total / 2**30:.0f} GiB", "as this machine's; --dry-run-device-gib names another"
-    total = int(psutil.virtual_memory().total)
-    note = f"no GPU here: {total / 2**30:.0f} GiB of memory for all ranks; --dry-run-device-gib names a device"
-    return total / world_size, f"a share of {total / world_size / 2**30:.1f} GiB", note
-
-
 def judge_calls(config: TrainConfig, groups: int) -> JudgeCalls:
     """Questions for ``groups`` judged groups, each with all the candidates of the pool."""
     teacher, kinds = config.teacher, [kind.value for kind in config.rollout.pool.kinds]
@@ -185,35 +136,6 @@ def judge_calls(config: TrainConfig, groups: int) -> JudgeCalls:
         votes=teacher.judge_votes,
         pair_votes=teacher.judge_votes * (2 if teacher.pair_order == "both" else 1),
     )
-
-
-def _vocabulary(config: TrainConfig, missing: list[str]) -> int:
-    if not any(line.startswith("--tokenizer") for line in missing):
-        return build_tokenizer(config.tokenizer).vocab_size
-    if config.tokenizer.vocab_size is None:
-        raise ConfigurationError(
-            f"--tokenizer-model {config.tokenizer.tokenizer_model} is not at hand, so the size of the vocabulary is "
-            "unknown: give --vocab-size"
-        )
-    return config.tokenizer.vocab_size
-
-
-def _layout(config: TrainConfig, world_size: int) -> Layout:
-    parallel = config.parallel
-    return Layout(
-        tp=parallel.tensor_model_parallel_size,
-        pp=parallel.pipeline_model_parallel_size,
-        dp=parallel.data_parallel_size(world_size),
-        virtual_stages=parallel.num_virtual_stages(config.model.resolve().num_layers) or 1,
-        sequence_parallel=parallel.sequence_parallel,
-        distributed_optimizer=parallel.use_distributed_optimizer,
-    )
-
-
-def _precision(config: TrainConfig) -> Precision:
-    weight = 2 if config.model.bf16 else BYTES_FP32
-    gradient = BYTES_FP32 if config.engine.accumulate_allreduce_grads_in_fp32 else weight
-    return Precision(weight=weight, gradient=gradient)
 
 
 def _reference_bytes(config: TrainConfig, precision: Precision) -> int:
@@ -246,7 +168,7 @@ def _workload(config: TrainConfig, layout: Layout, phases: tuple[PhaseFigures, .
         full_recompute=config.model.recompute_granularity == "full",
         cached_tokens=cached if generates else 0,
         decode_rows=prefixes * pool.num_rollouts if generates else 0,
-        reference_weight_bytes=_reference_bytes(config, _precision(config)) if on_device else 0,
+        reference_weight_bytes=_reference_bytes(config, precision_of(config.model, config.engine)) if on_device else 0,
     )
 
 

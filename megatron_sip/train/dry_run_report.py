@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_sip.train.dry_run import DryRun, PhaseFigures
+    from megatron_sip.train.sizes import Sizes
 
 _STREAM_NAMES = {"ntp": "next-token windows", "suffix": "suffixes", "rewrite": "rewrites", "rollout": "judged groups"}
 
@@ -13,12 +14,13 @@ _STREAM_NAMES = {"ntp": "next-token windows", "suffix": "suffixes", "rewrite": "
 def render(run: DryRun) -> str:
     """The report as text of at most 100 columns, but for paths."""
     lines = [
-        *_render_model(run), *_render_memory(run), *_render_batch(run), *_render_corpus(run), *_render_missing(run)
+        *render_model(run), *render_memory(run), *_render_batch(run), *_render_corpus(run), *render_missing(run)
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _render_model(run: DryRun) -> list[str]:
+def render_model(run: Sizes) -> list[str]:
+    """The architecture, its vocabulary, and how ranks split it."""
     arch, layout = run.architecture, run.layout
     virtual = f", {layout.virtual_stages} virtual stages per rank" if layout.virtual_stages > 1 else ""
     ranks = f"{run.world_size} {'rank' if run.world_size == 1 else 'ranks'}"
@@ -33,7 +35,8 @@ def _render_model(run: DryRun) -> list[str]:
     ]
 
 
-def _render_memory(run: DryRun) -> list[str]:
+def render_memory(run: Sizes) -> list[str]:
+    """Bytes of the ranks of each stage, and whether they fit."""
     lines = ["Memory of a rank, GiB (the last four and the peak are estimates without fragmentation)"]
     heads = [
         "stage",
@@ -113,7 +116,8 @@ def _render_corpus(run: DryRun) -> list[str]:
     return [*lines, ""]
 
 
-def _render_missing(run: DryRun) -> list[str]:
+def render_missing(run: Sizes) -> list[str]:
+    """What is missing, and whether the run could start."""
     found = ["Missing on this machine", *(f"  {line}" for line in run.missing)] if run.missing else []
     if run.is_ready:
         return [*found, "Nothing is missing on this machine."]

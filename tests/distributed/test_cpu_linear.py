@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sip.distributed.cpu_linear import linear_for_megatron
+from megatron_sip.distributed.cpu_linear import linear_for_megatron, look_up
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 3, 5, 8)])
@@ -26,3 +26,18 @@ def test_products_may_be_changed_in_place_and_have_the_gradients_of_torch(
     for our, their in zip(ours[: 2 + with_bias], theirs, strict=False):
         # Sums of up to 30 products of about 10, in another order: float32 rounds them at 1e-5.
         torch.testing.assert_close(our.grad, their.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_look_up_gives_its_rows_alone_a_gradient(buffered: bool) -> None:
+    weight = torch.nn.Parameter(torch.arange(10.0).view(5, 2).bfloat16())
+    if buffered:
+        weight.main_grad = torch.ones(5, 2)  # type: ignore[attr-defined]
+    found = look_up(torch.tensor([[3, 0], [3, 1]]), weight)
+    assert found.tolist() == [[[6, 7], [0, 1]], [[6, 7], [2, 3]]]
+    # 256 + 1 in bfloat16 is 256: the sum for row 3 is float32's in the buffer.
+    found.backward(torch.tensor([[[256, 2], [3, 4]], [[1, 5], [6, 7]]]).bfloat16())
+    rows = [[3.0, 4.0], [6.0, 7.0], [0.0, 0.0], [257.0 if buffered else 256.0, 7.0], [0.0, 0.0]]
+    gradient = weight.main_grad - 1 if buffered else weight.grad  # type: ignore[attr-defined]
+    assert gradient.tolist() == rows
+    assert getattr(weight, "grad_added_to_main_grad", False) == buffered, "DDP would add what nobody wrote"

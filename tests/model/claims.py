@@ -206,12 +206,39 @@ def vocab_parallel_claims(payload: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def tiled_output_layer_claims(payload: dict[str, Any]) -> dict[str, Any]:
+    """Log-probs and gradients on one rank (of a GPU, where there is one), its blocks of three positions in tiles."""
+    context = initialize(ParallelConfig(), seed=0)
+    payload = {k: v.to(context.device) if isinstance(v, torch.Tensor) else v for k, v in payload.items()}
+    from megatron_sip.model import output_layer
+
+    output_layer._MIN_ROWS, output_layer._STEP, output_layer._TILE_LOGITS = 3, 1, payload["tile_logits"]
+    row_bytes = payload["weight"].shape[0] * payload["weight"].element_size()
+    output_layer._SIZES[context.device.type] = output_layer._Sizes(8, 3 * row_bytes, 3 * row_bytes, 12)
+    results: dict[str, Any] = {}
+    for known in (False, True):
+        hidden, weight = (payload[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        weight.main_grad = torch.zeros(weight.shape, device=context.device)
+        scores = output_layer.target_log_probs(
+            hidden, weight, payload["targets"], payload["vocab_size"], context.tp_group,
+            payload["coefficients"] if known else None,
+        )  # fmt: skip
+        (scores * payload["coefficients"]).sum().backward()
+        results[f"known {known}"] = {
+            "scores": scores.detach().cpu().numpy(),
+            "hidden": hidden.grad.float().cpu().numpy(),
+            "weight": weight.main_grad.cpu().numpy(),
+        }
+    return results
+
+
 def output_layer_claims(payload: dict[str, Any]) -> dict[str, Any]:
     """Log-probs from hidden states and this rank's rows of a weight, in blocks of two positions, every way."""
     context = initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
     from megatron_sip.model import output_layer
 
-    output_layer._MIN_ROWS, output_layer._BLOCK_LOGITS = 2, {"cpu": 16}
+    output_layer._MIN_ROWS, output_layer._STEP = 2, 1
+    output_layer._SIZES["cpu"] = output_layer._Sizes(8, 64, 64, 12)
     results: dict[str, Any] = {}
     for known in (False, True):
         for buffered in (False, True):

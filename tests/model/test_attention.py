@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from megatron_sip.model import flash, kernels
 from megatron_sip.model.attention import CausalPlan, SharedPrefixPlan
-from megatron_sip.model.rope import rotation_of
+from megatron_sip.model.rope import Rotation, rotation_of
 from megatron_sip.types import RowLayout
 
 LAYOUT = RowLayout(prefix_block=11, num_candidates=3, candidate_block=5)
@@ -146,6 +146,42 @@ def test_swiglu_and_its_gradient_equal_the_formula() -> None:
     x = torch.randn(7, 3, 10, generator=torch.Generator().manual_seed(1)) * 3
     formula = lambda x: x[..., :5] * torch.sigmoid(x[..., :5]) * x[..., 5:]  # noqa: E731
     _assert_same(_both_directions(kernels.swiglu, x), _both_directions(formula, x.double()))
+
+
+def test_what_a_gpu_compiles_equals_the_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The functions themselves, uncompiled: a GPU's compiler is tested by the tests marked gpu.
+    monkeypatch.setattr(kernels, "_is_compiled", lambda inputs: True)
+    monkeypatch.setattr(kernels, "_compiled", lambda function: function)
+    test_swiglu_and_its_gradient_equal_the_formula()
+    test_split_and_rotation_equal_complex_multiplication()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_on_a_gpu_equal_the_cpus(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled and not kernels._can_compile():
+        pytest.skip("no compiler")
+    monkeypatch.setattr(kernels, "_is_compiled", lambda inputs: compiled and inputs.device.type == "cuda")
+    for widths in ((7, 3), (9, 1)):  # another width must do without another compilation
+        generator = torch.Generator().manual_seed(1)
+        shapes = ((10,), (GROUPS * (HEADS // GROUPS + 2) * WIDTH,), (1, WIDTH // 2))
+        x, mixed, angles = (torch.randn(*widths, *shape, generator=generator) for shape in shapes)
+
+        def rotate(mixed: torch.Tensor, angles: torch.Tensor = angles) -> torch.Tensor:
+            rotation = Rotation(angles.cos().to(mixed.device), angles.sin().to(mixed.device))
+            return torch.cat([p.flatten(2) for p in kernels.split_and_rotate(mixed, rotation, GROUPS, WIDTH)], dim=-1)
+
+        _assert_same(_on("cuda", kernels.swiglu, x), _on("cpu", kernels.swiglu, x))
+        _assert_same(_on("cuda", rotate, mixed), _on("cpu", rotate, mixed))
+
+
+def _on(device: str, function: Any, given: torch.Tensor) -> list[torch.Tensor]:
+    x = given.to(device).requires_grad_()
+    output = function(x)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(device)
+    (gradient,) = torch.autograd.grad((output * weights).sum(), x)
+    return [output.detach().cpu(), gradient.cpu()]
 
 
 def test_split_and_rotation_equal_complex_multiplication() -> None:

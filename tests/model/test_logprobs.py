@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sip.model import output_layer
 from tests.ranks import run_ranks
 
 
@@ -59,3 +60,50 @@ def test_blocks_of_the_output_layer_equal_a_dense_softmax_in_both_directions(voc
             np.testing.assert_allclose(rank["scores"], expected.detach().numpy(), atol=2e-5, err_msg=way)
             np.testing.assert_allclose(rank["hidden"], h.grad.numpy(), atol=2e-5, err_msg=way)
             assert rank["flag"], way
+
+
+@pytest.mark.parametrize("tile_logits", [1, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_a_block_equal_a_dense_softmax_in_both_directions(dtype: torch.dtype, tile_logits: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 6, generator=generator).to(dtype) for n in (7, 16))
+    targets = torch.randint(0, 13, (7,), generator=generator)
+    coefficients = torch.randn(7, generator=generator)
+    h, w = (x.double().requires_grad_() for x in (hidden, weight))
+    expected = (h @ w[:13].t()).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    (expected * coefficients.double()).sum().backward()
+    assert h.grad is not None and w.grad is not None
+
+    payload = {
+        "hidden": hidden, "weight": weight, "targets": targets, "coefficients": coefficients, "vocab_size": 13,
+        "tile_logits": tile_logits,
+    }  # fmt: skip
+    (report,) = run_ranks(1, "tests.model.claims:tiled_output_layer_claims", payload)
+    # Logits up to about 8 and their gradients are rounded to bfloat16's 8 bits, as products in it are everywhere.
+    atol = 2e-5 if dtype == torch.float32 else 0.04
+    for way, found in report.items():
+        np.testing.assert_allclose(found["scores"], expected.detach().numpy(), atol=atol, err_msg=way)
+        np.testing.assert_allclose(found["hidden"], h.grad.numpy(), atol=atol, err_msg=way)
+        np.testing.assert_allclose(found["weight"], w.grad.numpy(), atol=atol, err_msg=way)
+        assert np.all(found["weight"][13:] == 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "positions", "columns", "bytes_per_logit", "rows"),
+    [
+        # 24 MiB of bfloat16 are 393 rows of 32,000; 1,024 positions make three blocks, of 342 or rather 352.
+        ("cpu", 1024, 32000, 2, [352, 352, 320]),
+        # Of float32 they are 49 rows of 128,256: a seventh of the positions (74, or rather 80), 128 at most.
+        ("cpu", 2048, 128256, 4, [128] * 16),
+        ("cpu", 512, 128256, 4, [80] * 6 + [32]),
+        # 64 MiB on a GPU are 261 rows in bfloat16: an eighth of 2,048 is less.
+        ("cuda", 2048, 128256, 2, [256] * 8),
+        ("cuda", 512, 128256, 2, [64] * 8),
+        ("cpu", 0, 32000, 2, []),
+    ],
+)
+def test_a_block_is_small_beside_all_logits_and_large_enough_to_be_quick(
+    device: str, positions: int, columns: int, bytes_per_logit: int, rows: list[int]
+) -> None:
+    step = output_layer._rows_per_block(output_layer._SIZES[device], positions, columns * bytes_per_logit)
+    assert [part.stop - part.start for part in output_layer._cut(positions, step)] == rows

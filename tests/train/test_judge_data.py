@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_sip.config import from_mapping
-from megatron_sip.errors import DataError
+from megatron_sip.errors import DataError, JudgeError
+from megatron_sip.teacher.http.corrupter import MARKER
 from tests.teacher.http.server import FaultServer
 from tests.train.teacher_world import write_world
 from tools import judge_bench, make_judge_data
@@ -35,7 +37,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["ka", "lo", "mi", "nu", "po"]
     with (folder / "corpus.jsonl").open("w") as stream:
         for number in range(400):
-            text = [words[(number * 7 + place * place) % 5] for place in range(20)]
+            # Each its own: copies would all serve the same file.
+            text = [words[(number // 5 ** (place % 4) + place * place) % 5] for place in range(20)]
             if number % 3 == 0:
                 text[4::3] = ["zux"] * len(text[4::3])
             meta = {"set": "wiki" if number % 2 else "book"}
@@ -113,7 +116,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(world: Path, made: Pat
         batches = 0
 
         async def make(self, cuts: Any, next_line: int) -> None:
-            if Stopping.batches == 3:
+            if Stopping.batches == 2:
                 raise Stop
             Stopping.batches += 1
             await super().make(cuts, next_line)
@@ -130,6 +133,61 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(world: Path, made: Pat
     assert read(tmp_path) == read(made)
     with pytest.raises(DataError, match="made with other options"):
         asyncio.run(make_judge_data.make(options(world, tmp_path, seed=9)))
+
+
+def test_copies_of_a_document_serve_the_same_kind_and_split(world: Path, tmp_path: Path) -> None:
+    """Every document stands there three times, once with other white space: none is both learned and held out."""
+    lines = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
+    copies = [{**line, "text": text} for line in lines for text in (line["text"], line["text"], line["text"] + "  ")]
+    (tmp_path / "copies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in copies))
+    asyncio.run(make_judge_data.make(options(world, tmp_path / "made", input=[str(tmp_path / "copies.jsonl")])))
+    owners: dict[int, set[str]] = {}
+    for name, records in read(tmp_path / "made").items():
+        for record in records:
+            owners.setdefault(record["document"] // 3, set()).add(name)
+    assert len(owners) > 20 and all(len(names) == 1 for names in owners.values())
+
+
+def test_files_that_are_not_as_they_were_left_are_refused(world: Path, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "safety.train.jsonl").write_text("mine\n")
+    with pytest.raises(DataError, match=r"safety\.train\.jsonl is not as progress\.json says"):
+        asyncio.run(make_judge_data.make(options(world, tmp_path / "foreign")))
+    assert (tmp_path / "foreign" / "safety.train.jsonl").read_text() == "mine\n"
+    shutil.copytree(made, tmp_path / "cut")
+    (tmp_path / "cut" / "quality.train.jsonl").write_text("")
+    with pytest.raises(DataError, match="give another --output"):
+        asyncio.run(make_judge_data.make(options(world, tmp_path / "cut")))
+
+
+def test_servers_that_fail_end_the_run_and_cost_no_document(world: Path, tmp_path: Path) -> None:
+    def answer(body: dict[str, Any], index: int) -> str:
+        text = " ".join(message["content"] for message in body["messages"])
+        if MARKER in text:
+            return f"{MARKER} po po po {len(text)}"
+        return "FINAL DECISION: NO" if "zux" in text else "FINAL DECISION: YES"
+
+    with FaultServer(answer=answer) as server:
+        flags = {
+            "teacher": "http",
+            "judge_endpoints": [server.url],
+            "judge_served_model": "any",
+            "judge_give_up_s": 1.0,
+            "judge_timeout_s": 30.0,
+        }
+        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+        asyncio.run(make_judge_data.make(options(world, whole, **flags)))
+        asked = len(server.seen)
+        server.fault = lambda number: "reset" if number >= asked + asked // 2 else ""
+        with pytest.raises(JudgeError, match=r"questions got no answer \(transport: .*repeat the command"):
+            asyncio.run(make_judge_data.make(options(world, stopped, **flags)))
+        assert 0 < len(read(stopped)["quality.train.jsonl"]) < 40
+        server.fault = lambda number: "status 401"
+        with pytest.raises(JudgeError, match=r"questions got no answer .*401"):
+            asyncio.run(make_judge_data.make(options(world, stopped, **flags)))
+        server.fault = lambda number: ""
+        asyncio.run(make_judge_data.make(options(world, stopped, **flags)))
+    assert read(stopped) == read(whole) and len(read(whole)["quality.train.jsonl"]) == 40
 
 
 def bench(world: Path, made: Path, output: Path, **changes: Any) -> judge_bench.BenchOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from megatron_sip.data.lines import Example
 from megatron_sip.errors import DataError
 from megatron_sip.teacher.http.templates import Template
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from megatron_sip.train.grpo.examples import check_examples
 from megatron_sip.train.grpo.prompts import PromptEncoder
 from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask
+from megatron_sip.train.grpo.trainer import idle_message
 from megatron_sip.train.teacher_link import JudgedGroups
 from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Judgment
 from tests.train.teacher_world import write_world
@@ -102,6 +105,7 @@ def test_a_safe_suffix_is_to_be_copied_and_an_unsafe_one_judged(world: Path, tok
     np.testing.assert_array_equal(second.rewards, [0.5, 0.625, NAN, 0.0])
     assert second.measures["token_overlap/unsafe"] == (0.5, 4.0)
     assert second.measures["judge_quality/unsafe"] == (1.25, 3.0)
+    assert second.measures["no_reward/unsafe"] == (1.0, 4.0)
     assert [len(group.candidates) for group in link.asked] == [4] and link.learn == [False]
 
 
@@ -113,6 +117,32 @@ def test_a_prompt_that_is_too_long_loses_the_beginning_of_its_prefix(tokenizer: 
     assert len(ids) <= 12 and text.startswith("S ") and text.endswith(" lo mi nu ; po po :")
     with pytest.raises(DataError, match=r"here: its prompt has \d+ tokens without its prefix"):
         encoder.encode(template, {"prefix": "ka", "text": "po " * 20}, "here")
+
+
+def test_examples_are_looked_at_before_the_first_step(world: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The last line is of another task, then one of another label, then one whose options do not fit."""
+    task, path = JudgeTask(tokenizer, 40, str(world / "prompts")), tmp_path / "examples.jsonl"
+
+    def write(last: dict[str, Any]) -> None:
+        path.write_text("".join(json.dumps(record) + "\n" for record in [*[QUALITY] * 99, last]))
+
+    write(QUALITY)
+    assert check_examples([str(path)], "--train-data", task) == 100
+    for change, complaint in (
+        ({"task": "rewrite"}, "its task is 'rewrite'"),
+        ({"label": 0}, "should be of"),
+        ({"options": [" mi" * 40, " po"]}, "more than --prompt-length 40"),
+    ):
+        write({**QUALITY, **change})
+        with pytest.raises(DataError, match=rf"examples\.jsonl:100: .*{complaint}"):
+            check_examples([str(path)], "--train-data", task)
+
+
+def test_idling_is_explained_by_what_was_seen() -> None:
+    assert "no answer has a reward" in idle_message({})
+    assert "100 % of the answers have no verdict" in idle_message({"reward/mean": 0.0, "no_verdict/quality": 1.0})
+    assert "3 groups lack rewards" in idle_message({"reward/mean": 0.0, "grpo/skipped_missing": 3.0})
+    assert "the same reward, 0.999 on average" in idle_message({"reward/mean": 0.999, "no_verdict/quality": 0.0})
 
 
 @pytest.mark.parametrize(

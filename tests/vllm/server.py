@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 START_S = 260.0
@@ -40,6 +40,13 @@ class VllmServer:
     model: Path
     """Directory of what it serves, under the name ``tiny``."""
     log: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """The one that was started, which leads a session of its own."""
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes."""
+        os.killpg(self.processes[0].pid, signal.SIGKILL)
+        self.processes[0].wait(30)
 
     @property
     def url(self) -> str:
@@ -95,6 +102,7 @@ def _running(command: Sequence[str], environment: Mapping[str, str], server: Vll
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        server.processes.append(process)
         try:
             _wait_until_ready(server, process)
             yield

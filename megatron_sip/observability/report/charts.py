@@ -145,6 +145,14 @@ CHARTS = (
         percent=True,
         smooth=False,
     ),
+    ChartSpec(
+        "Verdicts on held-out examples",
+        ("validation/no_verdict/*", "validation/first_option_share", "validation/no_reward/*", "validation/judge_*"),
+        "Of the judge: answers without one, and share for the first option; of the rewriter: what its judges say.",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
     ChartSpec("Rewards of rollouts", ("reward/*",), "In training.", y_range=(0.0, 1.0), percent=True),
     ChartSpec(
         "Groups that teach nothing", ("grpo/skipped_*", "grpo/rewards_missing"), "All rewards equal, or missing."

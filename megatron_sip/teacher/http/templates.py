@@ -48,8 +48,11 @@ class Template:
 def load_template(name: str, directory: str = "") -> Template:
     """``NAME.txt`` from ``directory`` if it is there, else ours.
 
-    Raises ConfigurationError for a file that cannot be read, lacks a name it needs, or holds an unknown one.
+    Raises ConfigurationError for a directory that is not there, for a file that cannot be read, lacks a name it needs,
+    or holds an unknown one.
     """
+    if directory and not Path(directory).is_dir():
+        raise ConfigurationError(f"--judge-prompts: no directory {directory}; give one, or none for our prompts")
     path = Path(directory) / f"{name}.txt" if directory else None
     try:
         if path is not None and path.is_file():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from megatron_sip.checkpoint import CheckpointManager, StopSignals, StopWatch, identity_of
-from megatron_sip.data.lines import line_streams
+from megatron_sip.data.config import parse_blend
+from megatron_sip.data.lines import LinesDataset, line_streams
 from megatron_sip.data.loader import SampleLoader
 from megatron_sip.distributed import ParallelContext, synchronize
 from megatron_sip.engine.engine import Engine
@@ -19,6 +20,7 @@ from megatron_sip.rollout import InProcessEngine
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from megatron_sip.train.grpo.config import GRPORunConfig
+from megatron_sip.train.grpo.examples import check_examples
 from megatron_sip.train.grpo.step import GRPOShape, GRPOStep
 from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask, Task
 from megatron_sip.train.grpo.trainer import STREAM, GRPORecord, GRPOTrainer, Rhythm
@@ -42,6 +44,9 @@ def build_grpo_trainer(
         rollouts = InProcessEngine(chunks, context, config.rollout, tokenizer.vocab_size, tokenizer.eod_id)
         rollouts.sync_weights(engine.num_updates)
         task = _task(config, kind, tokenizer, link)
+        if context.rank == 0:
+            check_examples(options.train_data, "--train-data", task)
+            check_examples(options.valid_data, "--valid-data", task)
         record = GRPORecord(config.observability, tokenizer.decode, options.train_iters, context.rank == 0)
         stack.callback(record.close)
         if context.rank == 0 and config.observability.run_dir is not None:
@@ -55,7 +60,7 @@ def build_grpo_trainer(
                 options.train_iters,
                 options.global_batch_size,
                 options.eval_interval,
-                options.eval_samples,
+                min(options.eval_samples, num_held_out(options.valid_data)),
                 options.eval_generations,
             ),
             context=context,
@@ -132,6 +137,11 @@ def _validation(config: GRPORunConfig) -> SampleLoader | None:
     if not config.task.valid_data or not config.task.eval_interval:
         return None
     return SampleLoader({STREAM: line_streams(config.task.valid_data, config.task.seed, "--valid-data")})
+
+
+def num_held_out(values: Sequence[str]) -> int:
+    """Lines of --valid-data: to measure more would measure some of them twice."""
+    return sum(len(LinesDataset(path)) for path in parse_blend(values, "--valid-data")[0])
 
 
 def _write_run_info(config: GRPORunConfig, context: ParallelContext, vocab_size: int) -> None:

@@ -43,15 +43,26 @@ class TaskConfig:
     mini_batches: int = option(1, help="optimizer steps of one such pass: the batch is cut into as many parts")
     prompt_length: int = option(3584, help="tokens of a prompt; a longer one loses the beginning of its prefix")
     eval_interval: int = option(25, help="steps between two measurements on --valid-data; 0 is never")
-    eval_samples: int = option(512, help="held-out examples of such a measurement")
+    eval_samples: int = option(512, help="held-out examples of such a measurement; no more than there are")
     eval_generations: int = option(1, help="rollouts for each of them, drawn as in training")
     seed: int = option(1234, help="seed of initial weights, data order and rollouts")
+    dry_run: bool = option(False, help="check the configuration, print sizes, batches and what is missing; exit")
+    dry_run_world_size: int | None = option(
+        None, help="ranks of the planned job for --dry-run (default: WORLD_SIZE, else one replica: TP x PP)"
+    )
+    dry_run_device_gib: float | None = option(
+        None, help="memory of one device for --dry-run, in GiB (default: this machine's GPU, else the machine's memory)"
+    )
 
     def validate(self) -> None:
         """Raise ConfigurationError for a value that cannot work."""
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        for name in ("dry_run_world_size", "dry_run_device_gib"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"--{name.replace('_', '-')} is {value}: give a number above 0")
         for name in ("eval_interval", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 0")

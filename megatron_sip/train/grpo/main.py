@@ -6,37 +6,78 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_sip.errors import ConfigurationError, SIPError
-from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
-from megatron_sip.train.grpo.config import load_grpo_config
+from megatron_sip.train.failures import failures_end_the_job, say_once_per_node, signals_end_the_start
+from megatron_sip.train.grpo.checks import require_present
+from megatron_sip.train.grpo.config import GRPORunConfig, load_grpo_config
 
 
 def main(argv: Sequence[str], task: str) -> int:
     """Trains the ``task`` "judge" or "rewriter"; returns the exit status: 2 for a configuration that cannot work, 1 for
-    other failures. What a user can mend is printed as one line."""
+    other failures, a dry run of what could not start here among them. What a user can mend is printed as one line."""
     logging.basicConfig(level=logging.WARNING, format=" [%(levelname)s] %(message)s")
     try:
         config = load_grpo_config(argv, task)
+        if config.task.dry_run:
+            from megatron_sip.train.grpo.dry_run import dry_run
+
+            report, is_ready = dry_run(config, task, os.environ)
+            print(report)
+            return 0 if is_ready else 1
         config.check_layout(int(os.environ.get("WORLD_SIZE", "1")))
+        require_present(config, task)
     except SIPError as error:
         say_once_per_node(error)
         return 2 if isinstance(error, ConfigurationError) else 1
-    # Imported here, so that --help answers at once.
-    from megatron_sip.checkpoint import StopSignals
-    from megatron_sip.distributed import initialize
-    from megatron_sip.train.grpo.build import build_grpo_trainer
+    return _train(config, task)
 
-    with failures_end_the_job():
+
+def _train(config: GRPORunConfig, task: str) -> int:
+    with failures_end_the_job(), signals_end_the_start(), ExitStack() as noting:
+        # Imported here: --help and --dry-run answer at once, and a signal in these seconds is answered too.
+        from megatron_sip.checkpoint import StopSignals
+        from megatron_sip.distributed import initialize
+        from megatron_sip.train.grpo.build import build_grpo_trainer
+
         context = initialize(config.parallel, config.task.seed)
-        with StopSignals() as signals, build_grpo_trainer(config, task, context, signals) as trainer:
+        signals = StopSignals()
+        with build_grpo_trainer(config, task, context, signals) as trainer:
             trainer.load()
+            # Until all is closed: a rank that has lost another gets torchrun's SIGTERM before it has said so.
+            noting.enter_context(signals)
             end = trainer.run()
-            if end.finished and context.rank == 0 and config.observability.run_dir is not None:
-                finished = Path(config.observability.run_dir) / "finished.json"
-                temporary = finished.with_suffix(".tmp")
-                temporary.write_text(json.dumps({"step": end.step}) + "\n", encoding="utf-8")
-                os.replace(temporary, finished)
+            if end.finished and context.rank == 0:
+                _mark_finished(config, task, end.step)
         context.shutdown()
     return end.exit_code
+
+
+def _mark_finished(config: GRPORunConfig, task: str, step: int) -> None:
+    """Writes ``finished.json``, which says that the run has done all of its steps, and prints what may come next."""
+    if config.observability.run_dir is not None:
+        finished = Path(config.observability.run_dir) / "finished.json"
+        temporary = finished.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        os.replace(temporary, finished)
+    for line in next_commands(config, task):
+        print(line, flush=True)
+
+
+def next_commands(config: GRPORunConfig, task: str) -> list[str]:
+    """What a finished ``task`` is good for, one command a line."""
+    lines = []
+    if config.observability.run_dir is not None:
+        lines.append(f"  tools/report.py {config.observability.run_dir}   # its curves")
+    saved = config.checkpoint.save
+    if saved is not None:
+        flag = f"--{task}-checkpoint {saved}"
+        if task == "judge":
+            lines.append(
+                f"  tools/judge_bench.py --teacher model {flag} --examples FILE.valid.jsonl --output VOTES.jsonl"
+            )
+        lines.append(f"  tools/export_policy.py {saved} HF_DIR   # for vllm serve")
+        lines.append(f"  pretrain_sip.py --teacher model {flag} ...   # or, if small, in process")
+    return ["next:", *lines] if lines else []

@@ -18,7 +18,7 @@ from megatron_sip.teacher.http.rewriter import lead_in
 from megatron_sip.teacher.http.templates import load_template
 from megatron_sip.teacher.http.verdicts import FORMATS
 from megatron_sip.tokenizer import Tokenizer
-from megatron_sip.train.grpo.prompts import PromptEncoder
+from megatron_sip.train.grpo.prompts import PREFIX, PromptEncoder
 from megatron_sip.train.teacher_link import TeacherLink
 from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, FloatArray, IntArray, Sample
 
@@ -48,7 +48,11 @@ class Task(Protocol):
         ...
 
     def prompt(self, example: Example) -> IntArray:
-        """Token ids. Raises ``DataError`` for an example of another task."""
+        """Token ids. Raises ``DataError`` for an example of another task, or too long without its prefix."""
+        ...
+
+    def measure(self, example: Example) -> int:
+        """Characters of what stands in the prompt besides the prefix. Raises ``DataError`` for one of another task."""
         ...
 
     def score(
@@ -76,14 +80,18 @@ class JudgeTask:
         self._templates = {part: load_template(part, prompts) for part in self.parts}
 
     def prompt(self, example: Example) -> IntArray:
-        part = _part(example, self.parts, "a judge")
-        record = example.record
-        if part == QUALITY:
-            first, second = _text(example, "options")
-            values = {"prefix": record["prefix"], "option_1": first, "option_2": second}
-        else:
-            values = {"text": _text(example, "text")}
+        part, values = self._values(example)
         return self._encoder.encode(self._templates[part], values, example.where)
+
+    def measure(self, example: Example) -> int:
+        return _length(self._values(example)[1])
+
+    def _values(self, example: Example) -> tuple[str, dict[str, str]]:
+        part = _part(example, self.parts, "a judge")
+        if part == SAFETY:
+            return part, {"text": _text(example, "text")}
+        first, second = _text(example, "options")
+        return part, {"prefix": example.record["prefix"], "option_1": first, "option_2": second}
 
     def score(
         self, examples: Sequence[Example], rollouts: Sequence[Sequence[Candidate]], learn: bool = True
@@ -121,10 +129,15 @@ class RewriteTask:
         self._link = link
 
     def prompt(self, example: Example) -> IntArray:
+        return self._encoder.encode(self._template, self._values(example), example.where)
+
+    def measure(self, example: Example) -> int:
+        return _length(self._values(example))
+
+    def _values(self, example: Example) -> dict[str, str]:
         _part(example, (REWRITE,), "a rewriter")
-        suffix, prefix = _text(example, "suffix"), str(example.record["prefix"])
-        values = {"prefix": prefix, "suffix": suffix, "lead_in": lead_in(prefix)}
-        return self._encoder.encode(self._template, values, example.where)
+        suffix, prefix = _text(example, "suffix"), example.record["prefix"]
+        return {"prefix": prefix, "suffix": suffix, "lead_in": lead_in(prefix)}
 
     def score(
         self, examples: Sequence[Example], rollouts: Sequence[Sequence[Candidate]], learn: bool = True
@@ -177,7 +190,9 @@ class RewriteTask:
         for name, values in ((QUALITY, quality), (SAFETY, safety)):
             known = values[np.isfinite(values)]
             measures[f"judge_{name}/{part}"] = (float(known.sum()), float(len(known)))
-        return Scored(part, 0.5 * (quality + safety), measures)
+        rewards = 0.5 * (quality + safety)
+        measures[f"no_reward/{part}"] = (float(np.isnan(rewards).sum()), float(len(rewards)))
+        return Scored(part, rewards, measures)
 
     def _text_of(self, sample: Sample, candidate: Candidate) -> str:
         return self._tokenizer.decode_continuation(sample.prefix, candidate.tokens)
@@ -203,16 +218,21 @@ def _part(example: Example, known: Sequence[str], whom: str) -> str:
     return str(task)
 
 
+def _length(values: Mapping[str, str]) -> int:
+    return sum(len(text) for name, text in values.items() if name != PREFIX)
+
+
 def _text(example: Example, key: str) -> Any:
     value, label = example.record.get(key), example.record.get("label")
+    without = "" if key == "text" else None  # a judge of safety sees no prefix
     if key == "options":
         good = isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
         allowed: tuple[object, ...] = (1, 2)
     else:
         good, allowed = isinstance(value, str) and bool(value.strip()), (SAFE, UNSAFE)
-    if not good or label not in allowed or not isinstance(example.record.get("prefix", ""), str):
+    if not good or label not in allowed or not isinstance(example.record.get(PREFIX, without), str):
         raise DataError(
-            f"{example.where}: {key!r} or 'label' ({label!r}, should be of {allowed}) is not as "
+            f"{example.where}: {key!r}, 'prefix' or 'label' ({label!r}, should be of {allowed}) is not as "
             "tools/make_judge_data.py writes it: make the file again"
         )
     return value

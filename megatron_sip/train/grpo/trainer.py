@@ -24,6 +24,8 @@ from megatron_sip.train.trainer import RunEnd
 from megatron_sip.types import CandidateGroup, IntArray, Judgment, Preference, Sample
 
 STREAM = "prompts"
+IDLE_STEPS = 10
+"""Steps in a row without an update after which the run says why nothing is learned."""
 VALIDATION_STEP = 1 << 40
 """Added to the step in a measurement's random numbers, so that they are none of training's."""
 
@@ -73,6 +75,7 @@ class GRPOTrainer:
         self._decide_stop = decide_stop
         self._step = 0
         self._tokens = 0
+        self._idle_steps = 0
 
     def run(self) -> RunEnd:
         """Trains until ``train_iters``, a signal or the time limit; saves at the end. Collective."""
@@ -123,6 +126,12 @@ class GRPOTrainer:
             self._record.validation(self._step, measured)
             scalars |= measured
         self._record.step(self._step, report, scalars, self._loader.consumed_samples, elapsed_s)
+        self._warn_of_idling(report)
+
+    def _warn_of_idling(self, report: StepReport) -> None:
+        self._idle_steps = 0 if report.results else self._idle_steps + 1
+        if self._idle_steps == IDLE_STEPS:
+            self._record.message(idle_message(report.scalars))
 
     def validate(self) -> dict[str, float]:
         """``validation/...``: rewards and measures on the same held-out examples each time. Collective."""
@@ -175,6 +184,32 @@ class GRPOTrainer:
         self._loader.load_state_dict(state["data"])
         self._engine.load_common_state(state["engine"])
         self._teacher.load_state_dict(state["teacher"])
+
+
+_SEE_TO_JUDGES = (
+    "The judges gave no verdict: see to --judge-max-tokens, --judge-prompt-length and --judge-prompts, which are to be "
+    "those of their training, and to their servers."
+)
+
+
+def idle_message(scalars: Mapping[str, float]) -> str:
+    """Why no group has anything to teach, and what helps; ``scalars`` are the last step's."""
+    reward = scalars.get("reward/mean")
+    start = f"no group had anything to teach in {IDLE_STEPS} steps: "
+    if reward is None:
+        return start + "no answer has a reward. " + _SEE_TO_JUDGES
+    silent = max((value for name, value in scalars.items() if name.startswith("no_verdict/")), default=0.0)
+    if silent > 0.9:  # a judge that hardly ever comes to a verdict
+        return start + (
+            f"{100 * silent:.0f} % of the answers have no verdict; start from a model that answers in the form of the "
+            "prompts (--pretrained-checkpoint), or raise --rollout-max-new-tokens"
+        )
+    if scalars.get("grpo/skipped_missing"):
+        start += f"{scalars['grpo/skipped_missing']:.0f} groups lack rewards. {_SEE_TO_JUDGES} Elsewhere "
+    return start + (
+        f"all answers to a prompt have the same reward, {reward:.3g} on average; near 1 the training is done, else "
+        "raise --rollout-temperature, --rollout-top-p or --generations"
+    )
 
 
 class GRPORecord:
