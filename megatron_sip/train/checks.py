@@ -220,8 +220,8 @@ def _check_servers(config: TrainConfig) -> None:
         seconds = getattr(config.rollout, name)
         if seconds + _WAITING_MARGIN_S > 60 * minutes:
             raise ConfigurationError(
-                f"--{name.replace('_', '-')} {seconds:g} is too long for --distributed-timeout-minutes {minutes}, after "
-                f"which ranks that wait give up: lower it to {60 * minutes - _WAITING_MARGIN_S:g}, or give "
+                f"--{name.replace('_', '-')} {seconds:g} is too long for --distributed-timeout-minutes {minutes}, "
+                f"after which ranks that wait give up: lower it to {60 * minutes - _WAITING_MARGIN_S:g}, or give "
                 f"--distributed-timeout-minutes {math.ceil((seconds + _WAITING_MARGIN_S) / 60)}"
             )
 

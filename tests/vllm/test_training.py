@@ -1,6 +1,7 @@
 """Whole trainings of ``pretrain_sip.py`` whose rollouts come from a real vLLM server, which gets the weights each step.
 
-Covers both transfers that a CPU has, and a server that is killed and started anew. Does not cover NCCL, or several hosts.
+Covers both transfers that a CPU has, and a server that is killed and started anew. Does not cover NCCL or several
+hosts.
 """
 
 from __future__ import annotations
