@@ -97,6 +97,11 @@ def _prompts(model: Path, starts: list[str]) -> tuple[list[dict[str, str]], str]
             with torch.no_grad():  # one row, no cache, no padding
                 ids.append(int(network(torch.tensor([ids])).logits[0, -1].argmax()))
         answers.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+    # A server's text leaves out a character that is not whole by the last token, for which others write U+FFFD: the
+    # answers to be met end with whole ones.
+    order = sorted(range(len(starts)), key=lambda number: answers[number].endswith("\ufffd"))
+    starts, answers = [starts[number] for number in order], [answers[number] for number in order]
+    assert not answers[len(starts) // 2 - 1].endswith("\ufffd"), answers
     stop = answers[0][-2:]
     assert answers[0].find(stop) > 0, answers
     right = [answer.partition(stop)[0] for answer in answers]
