@@ -140,7 +140,7 @@ def _trainer(payload: dict[str, Any], run: str) -> tuple[TrainConfig, Trainer]:
 
     def slow_teacher(config: TrainConfig, tokenizer: Any, context: Any) -> TeacherProcess:
         factory = "benchmarks.slow_teacher:build"
-        return TeacherProcess(config.teacher, {"round_s": [task.judge_s] * task.num_steps}, factory=factory)
+        return TeacherProcess(config.teacher, {"round_s": (task.judge_s,)}, factory=factory)
 
     build.start_teacher = slow_teacher
     signals = _HELD.enter_context(StopSignals())
@@ -212,7 +212,7 @@ def _recipe(task: Task, run: str) -> dict[str, Any]:
         "make_vocab_size_divisible_by": 1,
         "bf16": task.bf16,
         "pretrained_checkpoint": str(task.megatron_folder),
-        "train_iters": task.num_steps,
+        "train_iters": 10**6,
         "global_batch_size": task.prompts,
         "micro_batch_size": task.prompts,
         "phases": [{"name": "all", "rollout": 1.0}],

@@ -46,12 +46,12 @@ class SlowPanel(Panel):
 
     async def judge(self, request: JudgeRequest) -> JudgeResult:
         # The teacher's process serves each request in a task, and so in a context, of its own.
-        _ROUND_S.set(self.round_s[request.step or 0])
+        _ROUND_S.set(self.round_s[min(request.step or 0, len(self.round_s) - 1)])
         return await super().judge(request)
 
 
 def build(config: TeacherConfig, round_s: Sequence[float], **options: Any) -> Panel:
-    """The factory that the teacher process calls. ``round_s``: by step."""
+    """The factory that the teacher process calls. ``round_s``: by step, the last one for all that follow."""
     settings = PanelSettings(
         weights=config.weights,
         pair_schedule=config.pair_schedule,

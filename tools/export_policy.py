@@ -2,6 +2,7 @@
 
     tools/export_policy.py CHECKPOINT OUTPUT [--like HF_DIR] [--tensor-parallel-size 2] [--port 8000]
     tools/export_policy.py CHECKPOINT OUTPUT --for-rollouts       then: pretrain_sip.py --rollout-engine vllm ...
+    tools/export_policy.py CHECKPOINT OUTPUT --for-rollouts --cpu --weight-transfer gloo       on this machine's CPUs
 
 CHECKPOINT is what --save was, or what tools/convert_checkpoint.py to-megatron made. A policy that was trained from
 scratch with a SentencePiece tokenizer has no tokenizer of transformers': it is served by token ids
@@ -11,6 +12,7 @@ scratch with a SentencePiece tokenizer has no tokenizer of transformers': it is 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -38,6 +40,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--for-rollouts", action="store_true",
         help="let the server take new weights from a run with --rollout-engine vllm: whoever reaches it can give them",
     )  # fmt: skip
+    parser.add_argument(
+        "--weight-transfer",
+        choices=("files", "gloo", "nccl"),
+        default="files",
+        help="--rollout-weight-transfer of that run [files]; gloo: a server on CPU, which imports this package",
+    )
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="print the command for vLLM's CPU build; with --for-rollouts the output layer is untied, as that needs",
+    )
     parser.add_argument("--served-model-name", help="name that clients ask for [the output's]")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of the server [1]")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
@@ -46,8 +59,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def serve_command(converted: Converted, options: argparse.Namespace) -> str:
-    """The ``vllm serve`` line of an exported policy."""
+    """The line that serves an exported policy."""
     words = ["vllm", "serve", str(converted.directory)]
+    if options.cpu:  # `vllm serve` asks for the version of a package that has another name there
+        words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(converted.directory)]
     words += ["--served-model-name", options.served_model_name or converted.directory.name]
     words += ["--host", options.host, "--port", str(options.port)]
     words += ["--dtype", str(converted.dtype).removeprefix("torch.")]
@@ -55,9 +70,34 @@ def serve_command(converted: Converted, options: argparse.Namespace) -> str:
     words += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
     if not converted.has_tokenizer:
         words.append("--skip-tokenizer-init")
+    if options.cpu:
+        # Without compilation no C++ compiler is needed; a seed on a chunked prompt ends vLLM 0.32 on a CPU.
+        batch = max(8192, converted.architecture.max_position_embeddings)
+        words += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(batch)]
     if options.for_rollouts:
-        words += ["--enable-scale-out", "--logprobs-mode", "raw_logprobs"]
-    return ("VLLM_SERVER_DEV_MODE=1 " if options.for_rollouts else "") + shlex.join(words)
+        words += ["--enable-scale-out", "--logprobs-mode", "raw_logprobs", *_transfer_flags(options.weight_transfer)]
+    return " ".join([*_environment(options), shlex.join(words)])
+
+
+def _transfer_flags(transfer: str) -> list[str]:
+    if transfer == "files":
+        return []
+    flags = ["--weight-transfer-config", json.dumps({"backend": transfer})]
+    if transfer == "gloo":
+        flags += ["--worker-extension-cls", "megatron_sip.rollout.vllm.gloo_worker.GlooTransfer"]
+    return flags
+
+
+def _environment(options: argparse.Namespace) -> list[str]:
+    """Assignments before the command."""
+    names = []
+    if options.for_rollouts:
+        names.append("VLLM_SERVER_DEV_MODE=1")
+        if options.weight_transfer == "gloo":
+            names.append(f"PYTHONPATH={shlex.quote(str(Path(__file__).resolve().parent.parent))}")
+    if options.cpu:
+        names += ["TORCH_COMPILE_DISABLE=1", "VLLM_CPU_KVCACHE_SPACE=1"]
+    return names
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     try:
         options.vocab_rows = options.vocab_rows or 0
+        options.untie = options.untie or (options.cpu and options.for_rollouts)
         converted = export(options.checkpoint, options)
     except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 
@@ -32,6 +34,33 @@ def release_cached_memory(device: torch.device) -> None:
     """Gives unused blocks of the allocator back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+class SideStream:
+    """A stream of its own on a CUDA device, for work that must not hold up the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    @property
+    def handle(self) -> int:
+        """``cudaStream_t``, for libraries that are called directly."""
+        return int(self._stream.cuda_stream)
+
+    def follow_current(self) -> None:
+        """What is queued here from now on waits for what is queued on the current stream by now."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def mark(self) -> torch.Event:
+        """An event whose ``query`` tells whether all that is queued here by now has run."""
+        event: torch.Event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Makes the device the current one of this thread."""
+        return cast("AbstractContextManager[None]", torch.cuda.device(self._device))
 
 
 def pin(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -142,9 +142,10 @@ class _SharedPrefixAttention(torch.autograd.Function):
                 log_sums[rows], grads[rows, :, width:], queries[rows, :, width:], keys[rows, :, :length],
                 values[rows, :, :length], outputs[rows, :, width:], causal=False,
             )  # fmt: skip
-            grad_queries[rows, :, width:] += of_queries
-            grad_keys[rows, :, :length] += of_keys
-            grad_values[rows, :, :length] += of_values
+            # Not +=, which after the addition copies the part over itself.
+            grad_queries[rows, :, width:].add_(of_queries)
+            grad_keys[rows, :, :length].add_(of_keys)
+            grad_values[rows, :, :length].add_(of_values)
         return *results, None, None
 
 

@@ -109,10 +109,11 @@ class _Shape:
 
 def _rows_per_block(sizes: _Sizes, num_positions: int, row_bytes: int) -> int:
     share = -(-num_positions // sizes.share)
-    rows = min(max(share, sizes.least_bytes // row_bytes, 1), max(sizes.most_bytes // row_bytes, _MIN_ROWS))
+    most = max(sizes.most_bytes // row_bytes, _MIN_ROWS)
+    rows = min(max(share, sizes.least_bytes // row_bytes, 1), most)
     num_blocks = max(1, -(-num_positions // rows))
     even = -(-num_positions // num_blocks)
-    return min(rows, -(-even // _STEP) * _STEP)
+    return min(most, -(-even // _STEP) * _STEP)
 
 
 def _cut(total: int, step: int) -> list[slice]:
@@ -269,7 +270,8 @@ class _Gradients:
         step = max(1, self._shape.sizes.weight_block // inputs.shape[1])
         for start in range(0, num_valid, step):
             columns = slice(start, min(start + step, num_valid))
-            self._of_weight[columns] += linear(of_logits[:, columns].t(), inputs.t())
+            # Not +=, which after the addition copies the part over itself.
+            self._of_weight[columns].add_(linear(of_logits[:, columns].t(), inputs.t()))
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients for autograd, of hidden states (summed over the ranks) and weight."""

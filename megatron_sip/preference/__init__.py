@@ -22,12 +22,13 @@ if TYPE_CHECKING:
         candidate_rows,
         chosen_rows,
         group_rows,
+        longest_first,
         pair_rows,
     )
 else:
     __getattr__ = imported_when_asked_for(
         __name__,
-        rows="Row RowShape build_rows candidate_rows chosen_rows group_rows pair_rows",
+        rows="Row RowShape build_rows candidate_rows chosen_rows group_rows longest_first pair_rows",
     )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "chosen_rows",
     "group_advantages",
     "group_rows",
+    "longest_first",
     "pair_rows",
     "preference_metrics",
     "preference_sums",

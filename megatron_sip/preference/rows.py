@@ -43,6 +43,11 @@ class Row:
     """float [C]."""
 
 
+def longest_first(prefixes: Sequence[IntArray]) -> list[int]:
+    """The order in which rows of like prefix length share their micro-batches, which then have little padding."""
+    return sorted(range(len(prefixes)), key=lambda index: -len(prefixes[index]))
+
+
 def pair_rows(preferences: Sequence[Preference], shape: RowShape) -> tuple[RowBatch, ...]:
     """[chosen, rejected] rows (C = 2) for DPO; a preference of weight 0 keeps its place as a row of weight 0."""
     rows = [_preferred(p, (p.chosen, p.rejected)) for p in preferences]

@@ -38,8 +38,8 @@ class RolloutEngine(Protocol):
     """Samples continuations from the policy."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Candidate]]:
-        """The rollouts of each request, in order. Called on all ranks of a replica with equal requests, and returns
-        equal candidates on all of them."""
+        """The rollouts of each request, in order. Called on all ranks of the job, on those of a replica with equal
+        requests, perhaps with none, and returns equal candidates on all of them."""
         ...
 
     def sync_weights(self, version: int) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _PATH_OPTIONS = ("data_path", "valid_data_path", "test_data_path", "judge_data_path", "second_judge_data_path")
 _TRAINING_PATHS = ("data_path", "valid_data_path")
 """Those that a training run opens itself; tools open the others."""
+_WAITING_MARGIN_S = 30.0
+"""For what a rank does beside waiting for a rollout server, until it meets the others again."""
 _TOKENIZER_PACKAGES = {
     "SentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
@@ -45,6 +48,7 @@ def check_sections(config: TrainConfig) -> None:
     if trains_on(config, "rollout"):
         _check_candidates(config)
         _check_objective(config)
+        _check_servers(config)
     _check_judge(config)
 
 
@@ -205,6 +209,21 @@ def _check_candidates(config: TrainConfig) -> None:
             f"--rollout-temperature 0 makes the {pool.num_rollouts} rollouts of --candidates {pool} the same: give "
             "rollout:1, or a temperature above 0"
         )
+
+
+def _check_servers(config: TrainConfig) -> None:
+    """While one rank waits for rollout servers the others wait in a collective, which fails the job when it ends."""
+    minutes = config.parallel.distributed_timeout_minutes
+    if config.rollout.rollout_engine == "in_process":
+        return
+    for name in ("rollout_sync_timeout_s", "rollout_give_up_s"):
+        seconds = getattr(config.rollout, name)
+        if seconds + _WAITING_MARGIN_S > 60 * minutes:
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} {seconds:g} is too long for --distributed-timeout-minutes {minutes}, "
+                f"after which ranks that wait give up: lower it to {60 * minutes - _WAITING_MARGIN_S:g}, or give "
+                f"--distributed-timeout-minutes {math.ceil((seconds + _WAITING_MARGIN_S) / 60)}"
+            )
 
 
 def _check_objective(config: TrainConfig) -> None:

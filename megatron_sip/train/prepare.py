@@ -107,9 +107,9 @@ class Preparer:
         """
         consumed = self._loader.consumed
         windows: list[Window] = self._take(NEXT_TOKEN, plan.counts["ntp"])
-        suffixes = self._take_samples(plan.counts["suffix"])
-        rewritten = self._take_samples(plan.counts["rewrite"])
-        judged = self._take_samples(plan.counts["rollout"])
+        suffixes: list[Sample] = self._take(SUFFIX, plan.counts["suffix"])
+        rewritten: list[Sample] = self._take(SUFFIX, plan.counts["rewrite"])
+        judged: list[Sample] = self._take(SUFFIX, plan.counts["rollout"])
         started = time.perf_counter()
         groups, rewrite_groups, sums = self.build_groups(step, judged, rewritten, save)
         rollout_s = time.perf_counter() - started
@@ -166,18 +166,13 @@ class Preparer:
             return self._teacher.collect_rewrites(ticket, samples).tokens
         return self._verdicts.collect_rewrites(ticket, samples, step, save).tokens
 
-    def _take_samples(self, count: int) -> list[Sample]:
-        """Longest prefix first: rows of like length share their micro-batches, which then have little padding."""
-        samples: list[Sample] = self._take(SUFFIX, count)
-        return sorted(samples, key=lambda sample: -len(sample.prefix))
-
     def _take(self, stream: str, count: int) -> list[Any]:
         if not count:
             return []
         return self._loader.take(stream, count, self._context.dp_rank, self._context.dp_size)
 
     def _generate(self, step: int, samples: Sequence[Sample]) -> list[list[Candidate]]:
-        if not samples or not self._pool.num_rollouts:
+        if not self._pool.num_rollouts:
             return [[] for _ in samples]
         requests = [
             GenerationRequest(

@@ -77,6 +77,4 @@ class RunRecord:
 
     def _record_preferences(self, step: int, preferences: Sequence[Preference]) -> None:
         assert self._samples is not None
-        count = min(self._config.log_samples, len(preferences))
-        # Evenly, for they stand in order of their prefixes' lengths.
-        self._samples.log(step, [preferences[index * len(preferences) // count] for index in range(count)])
+        self._samples.log(step, preferences[: self._config.log_samples])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_sip.engine.engine import REFERENCE, Engine
-from megatron_sip.preference.rows import Row, RowShape, build_rows
+from megatron_sip.preference.rows import Row, RowShape, build_rows, longest_first
 from megatron_sip.types import CandidateGroup, Preference, RowBatch
 
 CandidateScores = list[list[torch.Tensor]]
@@ -44,6 +44,8 @@ def score_candidates(
             padding = [np.zeros(0, dtype=np.int64)] * (per_row - len(tokens))
             rows.append(Row(group.sample.prefix, (*tokens, *padding)))
             places.append((number, first))
+    order = longest_first([row.prefix for row in rows])
+    rows, places = [rows[index] for index in order], [places[index] for index in order]
     batches = build_rows(rows, replace(shape, micro_batch_size=max(1, room // per_row)), per_row)
     log_probs = torch.cat(engine.score(batches, which=REFERENCE))[: len(rows)]
     scores: CandidateScores = [[] for _ in groups]

@@ -24,6 +24,7 @@ from megatron_sip.preference import (
     RowShape,
     candidate_rows,
     chosen_rows,
+    longest_first,
     pair_rows,
     preference_metrics,
     preference_sums,
@@ -147,6 +148,7 @@ class StepRunner:
             passes.append(("ntp", self._window_batches(prepared.windows), NextToken()))
         for name, groups in (("suffix", prepared.suffix_groups), ("rewrite", prepared.rewrite_groups)):
             if groups:
+                groups = [groups[index] for index in longest_first([group.sample.prefix for group in groups])]
                 picks = [0 if group.candidates else None for group in groups]
                 passes.append((name, candidate_rows(groups, picks, self._row_shape()), SuffixNLL(name)))
         return passes
@@ -202,6 +204,10 @@ class StepRunner:
         self, preferences: Sequence[Preference], early: CandidateScores | None
     ) -> tuple[tuple[RowBatch, ...], float]:
         """(batches with the reference's log-probs where there is one, KL to the reference)."""
+        # Here and not where samples are drawn: checkpoints and replicas share a step out by the order of drawing.
+        order = longest_first([preference.group.sample.prefix for preference in preferences])
+        preferences = [preferences[index] for index in order]
+        early = None if early is None else [early[index] for index in order]
         rows = pair_rows if self._preference.num_candidates == 2 else chosen_rows
         batches = rows(preferences, self._row_shape())
         if not self._engine.has_reference:

@@ -248,7 +248,9 @@ def test_what_is_missing_on_disk_is_listed_with_its_flag(tmp_path: Path) -> None
     fine_tuned = config(**paths, load=str(tmp_path / "empty"), finetune=True)
     assert find_missing(fine_tuned) == [f"--load: no checkpoint in {tmp_path / 'empty'}"]
     pretrained = config(**paths, pretrained_checkpoint=str(tmp_path / "nowhere"))
-    assert find_missing(pretrained) == [f"--pretrained-checkpoint: no checkpoint in {tmp_path / 'nowhere'}"]
+    [line] = find_missing(pretrained)
+    where = tmp_path / "nowhere"
+    assert line.startswith(f"--pretrained-checkpoint: no checkpoint in {where}; tools/convert_checkpoint.py")
     no_judge = replace(chosen, teacher=replace(chosen.teacher, judge_model=str(tmp_path / "none.npz")))
     assert find_missing(no_judge) == [f"--judge-model: no file {tmp_path / 'none.npz'}; fit it with tools/fit_judge.py"]
 

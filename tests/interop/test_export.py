@@ -66,6 +66,28 @@ def test_for_rollouts_it_opens_what_weights_come_through_and_may_untie_the_outpu
         torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_on_cpu_it_prints_the_module_form_and_the_transfer_that_the_server_is_for(
+    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = checkpoint
+    assert main([str(root), str(tmp_path / "a"), "--for-rollouts", "--cpu", "--weight-transfer", "gloo"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    package = Path(__file__).resolve().parents[2]
+    assert words[:6] == [
+        "VLLM_SERVER_DEV_MODE=1", f"PYTHONPATH={package}", "TORCH_COMPILE_DISABLE=1", "VLLM_CPU_KVCACHE_SPACE=1",
+        "python", "-m",
+    ]  # fmt: skip
+    assert words[6:9] == ["vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "a")]
+    assert "--no-enable-chunked-prefill" in words and "--enable-scale-out" in words
+    assert words[-4:] == ["--weight-transfer-config", '{"backend": "gloo"}',
+                          "--worker-extension-cls", "megatron_sip.rollout.vllm.gloo_worker.GlooTransfer"]  # fmt: skip
+    assert json.loads((tmp_path / "a/config.json").read_text())["tie_word_embeddings"] is False
+    assert main([str(root), str(tmp_path / "b"), "--for-rollouts", "--weight-transfer", "nccl"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve"]
+    assert words[-2:] == ["--weight-transfer-config", '{"backend": "nccl"}']
+
+
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from megatron_sip.preference import (
     candidate_rows,
     chosen_rows,
     group_rows,
+    longest_first,
     pair_rows,
     select,
 )
@@ -155,3 +156,13 @@ def test_real_tokens_are_those_of_rows_that_teach_with_each_prefix_once():
     rows = [Row(array([1] * 5), (array([2, 3]), array([4]))), Row(array([1] * 2), (array([2]), array([3])), weight=0.0)]
     (batch,) = build_rows(rows, RowShape(2, 4), num_candidates=2)
     assert int(batch.num_real_tokens()) == 5 + 2 + 1
+
+
+def test_rows_in_order_of_their_prefixes_lengths_need_less_padding() -> None:
+    rows = [Row(np.ones(length, dtype=np.int64), (np.ones(8, dtype=np.int64),)) for length in (64, 128, 64, 128)]
+    order = longest_first([row.prefix for row in rows])
+    assert order == [1, 3, 0, 2]  # those of equal length as they were
+    shape = RowShape(micro_batch_size=2, candidate_block=8)
+    drawn, sorted_ = (build_rows(part, shape, 1) for part in (rows, [rows[index] for index in order]))
+    assert sum(batch.tokens.numel() for batch in drawn) == 4 * 136
+    assert sum(batch.tokens.numel() for batch in sorted_) == 2 * 136 + 2 * 72

@@ -6,124 +6,25 @@ Whether vLLM itself understands it so is seen by tests/vllm.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_sip.errors import ConfigurationError
+from megatron_sip.huggingface.config_json import config_of
+from megatron_sip.model import ModelConfig
 from megatron_sip.rollout import RolloutConfig
 from megatron_sip.rollout.vllm.servers import read_answer
 from megatron_sip.teacher.http.failures import Failure
 from tests.ranks import RankFailure, run_ranks
 from tests.rollout import vllm_claims
+from tests.rollout.played import PlayedServer, choice
 from tests.rollout.vllm_claims import EOD, PREFIX, VOCAB
-
-
-class PlayedServer:
-    """Answers as vLLM does; ``script`` changes what comes next for a path: a status, or a function of the body."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-        self.version = "default"
-        self.script: dict[str, list[Any]] = {}
-        self.longest = 64
-        self.info = {
-            "model_config": {"logprobs_mode": "raw_logprobs", "model": "/nowhere"},
-            "scheduler_config": {"enable_chunked_prefill": False},
-            "device_config": {"device_type": "cuda"},
-        }
-        self.vocab = VOCAB
-        self.weights: dict[str, torch.Tensor] = {}
-        played = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._answer(None)
-
-            def do_POST(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                self._answer(json.loads(self.rfile.read(length)) if length else None)
-
-            def _answer(self, body: Any) -> None:
-                status, reply = played.reply(self.path, body)
-                content = json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def asked(self, name: str) -> list[Any]:
-        return [body for path, body in self.calls if path == name]
-
-    def reply(self, path: str, body: Any) -> tuple[int, Any]:
-        self.calls.append((path, body))
-        waiting = self.script.get(path.partition("?")[0], [])
-        if waiting:
-            planned = waiting.pop(0)
-            if isinstance(planned, int):
-                return planned, {"error": {"message": "EngineCore encountered an issue.", "code": planned}}
-            return 200, planned(body)
-        match path.partition("?")[0]:
-            case "/v1/models":
-                return 200, {"data": [{"max_model_len": self.longest}]}
-            case "/server_info":
-                return 200, {"vllm_config": self.info}
-            case "/weight_info":
-                return 200, {"weight_version": self.version}
-            case "/update_weight_version":
-                self.version = body["new_version"]
-                return 200, {"success": True}
-            case "/collective_rpc":
-                files = Path(body["kwargs"]["weights_path"]).glob("*.safetensors")
-                self.weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-                return 200, {"results": [None]}
-            case "/reset_prefix_cache":
-                return 200, {"success": True}
-            case "/pause" | "/resume":
-                return 200, {"status": "done"}
-            case "/inference/v1/generate":
-                return self._generate(body)
-        return 404, {"detail": "Not Found"}
-
-    def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
-        if max(body["token_ids"]) >= self.vocab:
-            return 400, {"error": {"message": "Token id is out of vocabulary", "code": 400}}
-        wanted = body["sampling_params"]
-        choices = [choice(i, wanted["max_tokens"], self.version) for i in range(wanted.get("n", 1))]
-        return 200, {"choices": choices[::-1]}
-
-
-def choice(index: int, length: int, version: str, **changes: Any) -> dict[str, Any]:
-    """``length`` times the token 10 + index, at -1 nat each."""
-    scored = [{"token_id": 10 + index, "logprob": -1.0} for _ in range(length)]
-    return {
-        "index": index,
-        "finish_reason": "length",
-        "token_ids": [10 + index] * length,
-        "weight_versions": [{"version": version, "start": 0, "end": length}],
-        "logprobs": {"content": scored},
-        **changes,
-    }
 
 
 @pytest.fixture
@@ -146,12 +47,17 @@ def test_weights_are_handed_over_paused_then_tagged_then_the_prefix_cache_is_emp
 ) -> None:
     reports = play(server, tmp_path, [4, "generate", 5, "generate"], world_size=4)
     control = [path for path, _ in server.calls if path not in ("/inference/v1/generate", "/v1/models")]
-    once = ["/pause?mode=wait", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/resume"]
+    once = ["/weight_info", "/pause?mode=wait", "/update_weight_version", "/collective_rpc", "/update_weight_version",
+            "/reset_prefix_cache", "/resume"]  # fmt: skip
     assert control == ["/server_info?config_format=json", *once, *once]
     first, second = server.asked("/collective_rpc")
-    assert first["method"] == "reload_weights" and first["kwargs"]["weights_path"].endswith("/version-4")
-    assert second["kwargs"]["weights_path"].endswith("/version-5")
-    assert [body["new_version"] for body in server.asked("/update_weight_version")] == ["4", "5"]
+    assert first["method"] == "reload_weights"
+    fourth, fifth = (one["kwargs"]["weights_path"].rpartition("/version-")[2] for one in (first, second))
+    assert fourth.startswith("4-") and fifth.startswith("5-")
+    # Marked while half updated, then named after step and run.
+    assert [body["new_version"] for body in server.asked("/update_weight_version")] == [
+        f"updating to {fourth}", fourth, f"updating to {fifth}", fifth
+    ]  # fmt: skip
     # Four ranks wrote two files; what the server read is the model without the padding of its vocabulary.
     assert server.weights["model.embed_tokens.weight"].shape == (VOCAB, 32)
     assert {name.split(".")[2] for name in server.weights if ".layers." in name} == {"0", "1"}
@@ -211,16 +117,16 @@ def test_weights_that_change_within_a_rollout_are_not_taken_for_one_version(
     server: PlayedServer, tmp_path: Path
 ) -> None:
     def mixed(body: Any) -> Any:
-        spans = [{"version": "7", "start": 0, "end": 2}, {"version": "8", "start": 2, "end": 6}]
+        spans = [{"version": server.version, "start": 0, "end": 2}, {"version": "8-other", "start": 2, "end": 6}]
         return {"choices": [choice(i, 6, "7", weight_versions=spans) for i in range(3)]}
 
     server.script["/inference/v1/generate"] = [lambda body: server._generate(body)[1], 400, mixed, mixed]
-    with pytest.raises(RankFailure, match=r"answers with weights 7, 8 in place of version 7.*another run"):
+    with pytest.raises(RankFailure, match=r"answers with weights 8-other in place of 7-\w+, .*another run"):
         play(server, tmp_path, [7, "generate"])
 
 
 def test_transient_failures_are_retried(server: PlayedServer, tmp_path: Path) -> None:
-    aborted = {"choices": [choice(0, 2, "0", finish_reason="abort")]}
+    aborted = {"choices": [choice(0, 2, "", finish_reason="abort")]}
     server.script["/inference/v1/generate"] = [
         lambda body: server._generate(body)[1], 400, 500, 503, lambda body: aborted
     ]  # fmt: skip
@@ -233,11 +139,11 @@ def test_transient_failures_are_retried(server: PlayedServer, tmp_path: Path) ->
     ("path", "answers", "message"),
     [
         ("/inference/v1/generate", [500, 500], "no answer after all attempts: server: HTTP 500 EngineCore encountered"),
-        ("/inference/v1/generate", [lambda b: {"choices": [choice(0, 3, "0")] * 3}], "after 3 of 6 tokens"),
-        ("/inference/v1/generate", [lambda b: {"choices": [choice(0, 6, "0")] * 2}], "2 continuations for 3"),
-        ("/inference/v1/generate", [lambda b: {"choices": [choice(60, 6, "0")] * 3}], "sampled token 70 of 61"),
-        ("/collective_rpc", [500], "no rollout server could take version 0 .*/collective_rpc: server: HTTP 500"),
-        ("/reset_prefix_cache", [lambda b: {"success": False}] * 20, "does not let go of its prefix cache"),
+        ("/inference/v1/generate", [lambda s: {"choices": [choice(0, 3, s.version)] * 3}], "after 3 of 6 tokens"),
+        ("/inference/v1/generate", [lambda s: {"choices": [choice(0, 6, s.version)] * 2}], "2 continuations for 3"),
+        ("/inference/v1/generate", [lambda s: {"choices": [choice(60, 6, s.version)] * 3}], "sampled token 70 of 61"),
+        ("/collective_rpc", [500], r"no rollout server could take version 0-\w+ .*/collective_rpc: server: HTTP 500"),
+        ("/reset_prefix_cache", [lambda s: {"success": False}] * 20, "does not let go of its prefix cache"),
         ("/server_info", [404], "has no /server_info: start it as .* VLLM_SERVER_DEV_MODE=1"),
     ],
 )
@@ -245,10 +151,19 @@ def test_failures_are_one_clear_line_on_every_rank(
     server: PlayedServer, tmp_path: Path, path: str, answers: list[Any], message: str
 ) -> None:
     probes: list[Any] = [lambda body: server._generate(body)[1], 400] if path == "/inference/v1/generate" else []
-    server.script[path] = [*probes, *answers]
+    server.script[path] = [
+        *probes,
+        *(one if isinstance(one, int) else lambda _, one=one: one(server) for one in answers),
+    ]
     with pytest.raises(RankFailure, match=message) as raised:
-        play(server, tmp_path, [0, "generate"], rollout_max_attempts=2)
+        play(server, tmp_path, [0, "generate"], rollout_max_attempts=2, rollout_sync_timeout_s=2.9)
     assert "RolloutError" in str(raised.value)
+
+
+def test_a_server_without_scale_out_forbids_what_is_needed_and_is_refused(server: PlayedServer, tmp_path: Path) -> None:
+    server.script["/inference/v1/generate"] = [403]
+    [report] = play(server, tmp_path, ["refused"])
+    assert "has no /inference/v1/generate: start it as tools/export_policy.py" in report["problems"][0]
 
 
 def test_servers_that_do_not_fit_are_refused_before_the_first_rollout(server: PlayedServer, tmp_path: Path) -> None:
@@ -260,7 +175,10 @@ def test_servers_that_do_not_fit_are_refused_before_the_first_rollout(server: Pl
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_config": {"logprobs_mode": "processed_logprobs"}}, "start it with --logprobs-mode raw_logprobs"),
+        (
+            {"model_config": {"logprobs_mode": "processed_logprobs", "model": "/nowhere"}},
+            "start it with --logprobs-mode raw_logprobs",
+        ),
         (
             {"device_config": {"device_type": "cpu"}, "scheduler_config": {"enable_chunked_prefill": True}},
             "--no-enable-chunked-prefill",
@@ -273,6 +191,40 @@ def test_a_server_with_other_settings_is_refused(
     server.info |= changes
     [report] = play(server, tmp_path, ["refused"])
     assert message in report["problems"][0]
+
+
+def test_a_model_of_another_shape_is_named_before_weights_are_handed_over(server: PlayedServer, tmp_path: Path) -> None:
+    served, weights = tmp_path / "served", tmp_path / "weights"
+    for directory in (served, weights):
+        directory.mkdir()
+    model = ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=40,
+        max_position_embeddings=96,
+    )  # fmt: skip
+    config = config_of(model.resolve(), VOCAB, torch.float32, None, EOD)
+    (served / "config.json").write_text(json.dumps(config))
+    server.info["model_config"]["model"] = str(served)
+    [report] = play(server, weights, ["refused"])
+    assert f"{server.url} serves a model whose ffn_hidden_size is 40 and not 48:" in report["problems"][0]
+    assert not server.asked("/pause?mode=wait") and not server.asked("/collective_rpc")
+    (served / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    play(server, weights, [0])
+    assert server.version.startswith("0-")
+
+
+def test_one_of_two_servers_that_is_not_there_is_left_behind_and_looked_at_when_it_comes(
+    server: PlayedServer, tmp_path: Path
+) -> None:
+    late = PlayedServer()
+    late.script["/v1/models"] = [503]  # not up yet when it is looked at first
+    late.script["/weight_info"] = [503]
+    payload = {"urls": [server.url, late.url], "folder": str(tmp_path), "options": {}, "sizes": {}}
+    try:
+        [report] = run_ranks(1, "tests.rollout.vllm_claims:play", payload | {"acts": [0, 1, "generate"]})
+    finally:
+        late.close()
+    assert len(late.asked("/v1/models")) == 2 and late.version.startswith("1-") == server.version.startswith("1-")
+    assert report["rollouts"][0][0]["version"] == 1
 
 
 def test_a_server_that_is_not_there_a_full_disk_and_a_long_prefix(server: PlayedServer, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ cover bf16, CUDA, HTTP judges.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +114,3 @@ def test_a_run_goes_on_after_a_failed_save_but_does_not_end_well_with_one(corpor
     assert [record["step"] for record in found["records"]] == [1, 2]
     assert (found["end"].finished, found["end"].exit_code) == (False, 1)
     assert "last checkpoint could not be saved" in found["end"].reason
-
-
-def test_rows_of_like_prefix_length_share_micro_batches_and_recorded_samples_are_spread_over_all_lengths(
-    corpora: Path, tmp_path: Path
-) -> None:
-    phases = [{"name": "all", "rollout": 1.0}]
-    flags = {"phases": phases, "train_iters": 2, "log_samples_interval": 1, "max_prefix_length": 50}
-    run(1, corpora, tmp_path / "all", log_samples=16, **flags)
-    run(1, corpora, tmp_path / "some", log_samples=4, **flags)
-    lines = [json.loads(line) for line in (tmp_path / "all" / "samples.jsonl").read_text().splitlines()]
-    for step in (1, 2):
-        lengths = [line["num_prefix_tokens"] for line in lines if line["step"] == step]
-        assert len(set(lengths)) > 4 and lengths == sorted(lengths, reverse=True)
-    some = [json.loads(line) for line in (tmp_path / "some" / "samples.jsonl").read_text().splitlines()]
-    assert [line["sample_id"] for line in some] == [line["sample_id"] for line in lines[::4]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,16 @@ def roll_out(payload: dict[str, Any]) -> dict[str, Any]:
         rollout_endpoints=(payload["url"],),
         rollout_weights_folder=payload["folder"],
         rollout_sync_interval=payload["interval"],
+        rollout_weight_transfer=payload["transfer"],
     )
     theirs = VllmEngine(chunks, context, config, architecture, size, eod)
     ours = InProcessEngine(chunks, context, RolloutConfig(), size, eod)
     report: dict[str, Any] = {}
     for version in payload["versions"]:
-        for engine in (ours, theirs):
-            engine.sync_weights(version)
+        ours.sync_weights(version)
+        started = time.perf_counter()
+        theirs.sync_weights(version)
+        report[f"sync_s {version}"] = time.perf_counter() - started
         for name, asked in {
             "greedy": requests(size, greedy=True),
             "sampled": requests(size),
@@ -65,8 +69,9 @@ def roll_out(payload: dict[str, Any]) -> dict[str, Any]:
             for chunk in chunks:
                 for parameter in chunk.parameters():
                     parameter.add_(0.1 * torch.sin(50 * parameter))
-    report["files"] = sorted(path.name for path in Path(payload["folder"]).rglob("*") if path.is_file())
     theirs.close()
+    if context.rank == 0:  # the one that removes them
+        report["left"] = sorted(path.name for path in Path(payload["folder"]).iterdir())
     return report
 
 

@@ -9,9 +9,9 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 START_S = 260.0
@@ -40,6 +40,13 @@ class VllmServer:
     model: Path
     """Directory of what it serves, under the name ``tiny``."""
     log: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """The one that was started, which leads a session of its own."""
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes."""
+        os.killpg(self.processes[0].pid, signal.SIGKILL)
+        self.processes[0].wait(30)
 
     @property
     def url(self) -> str:
@@ -61,25 +68,47 @@ def vllm_server(
     python: str, model: Path, log: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[VllmServer]:
     """A server that is ready; ended with all its processes. ``arguments``: further ones of the command line."""
+    port = free_port()
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    server = VllmServer(f"http://127.0.0.1:{port}", model, log)
+    with _running([*command, *ARGUMENTS, *arguments], {**OFFLINE, **(environment or {})}, server):
+        yield server
+
+
+@contextmanager
+def printed_server(line: str, python: str, model: Path, port: int, log: Path) -> Iterator[VllmServer]:
+    """What the line of tools/export_policy.py starts, word for word; its ``python`` is that of vLLM's environment."""
+    path = f"{Path(python).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    server = VllmServer(f"http://127.0.0.1:{port}", model, log)
+    with _running(["bash", "-c", line], environment, server):
+        yield server
+
+
+def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+        return int(unused.getsockname()[1])
+
+
+@contextmanager
+def _running(command: Sequence[str], environment: Mapping[str, str], server: VllmServer) -> Iterator[None]:
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with log.open("wb") as output:
+    with server.log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, *ARGUMENTS, *arguments],
-            env={**inherited, **OFFLINE, **(environment or {})},
+            command,
+            env={**inherited, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        server.processes.append(process)
         try:
-            server = VllmServer(f"http://127.0.0.1:{port}", model, log)
             _wait_until_ready(server, process)
-            yield server
+            yield
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # a test may have killed it
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

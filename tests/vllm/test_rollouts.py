@@ -5,6 +5,8 @@ Not covered: vLLM on GPUs, its own tensor parallelism, several servers.
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from megatron_sip.checkpoint.huggingface import to_megatron
 from tests.interop.models import save_model
 from tests.ranks import RankFailure, run_ranks
 from tests.vllm.rollout_claims import NEW_TOKENS
-from tests.vllm.server import VllmServer, vllm_server
+from tests.vllm.server import VllmServer, free_port, printed_server
 from tools.export_policy import main as export
 
 EOD = 2
@@ -25,15 +27,16 @@ SIZES = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "m
 
 @pytest.fixture(scope="module", params=["llama31", "qwen3"])
 def served(request: pytest.FixtureRequest, vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(converted model, server of what tools/export_policy.py wrote of it), with a tied output layer and without."""
+    """(converted model, server by the line that tools/export_policy.py printed of it), one tied before, one not."""
     root = tmp_path_factory.mktemp("rollouts")
-    # vLLM's attention on CPU takes heads of 32 and more.
     sizes = SIZES | {"head_dim": 32} if request.param == "qwen3" else SIZES
     save_model(root / "model", request.param, **sizes)
     to_megatron(root / "model", root / "megatron")
-    assert export([str(root / "megatron"), str(root / "policy"), "--for-rollouts", "--untie"]) == 0
-    flags = ("--enable-scale-out", "--max-model-len", "256")
-    with vllm_server(vllm_python, root / "policy", root / "server.log", *flags) as server:
+    port, printed = free_port(), io.StringIO()
+    flags = ["--for-rollouts", "--cpu", "--weight-transfer", "gloo", "--port", str(port)]
+    with redirect_stdout(printed):
+        assert export([str(root / "megatron"), str(root / "policy"), *flags]) == 0
+    with printed_server(printed.getvalue(), vllm_python, root / "policy", port, root / "server.log") as server:
         yield root / "megatron", server
 
 
@@ -42,16 +45,22 @@ def roll_out(served: tuple[Path, VllmServer], folder: Path, tp: int, pp: int, **
     payload = {
         "sizes": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
         "root": str(root), "url": server.root, "folder": str(folder), "interval": 1, "versions": [5, 6], "eod": EOD,
+        "transfer": "files",
         **changes,
     }  # fmt: skip
     return run_ranks(tp * pp, "tests.vllm.rollout_claims:roll_out", payload, timeout_s=200)
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["one rank", "tp 2, pp 2"])
+@pytest.fixture(
+    scope="module",
+    params=[(1, 1, "files"), (2, 2, "files"), (1, 1, "gloo"), (2, 2, "gloo")],
+    ids=["one rank, files", "tp 2, pp 2, files", "one rank, gloo", "tp 2, pp 2, gloo"],
+)
 def ranks(
     request: pytest.FixtureRequest, served: tuple[Path, VllmServer], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    return roll_out(served, tmp_path_factory.mktemp("weights"), *request.param)
+    tp, pp, transfer = request.param
+    return roll_out(served, tmp_path_factory.mktemp("weights"), tp, pp, transfer=transfer)
 
 
 def test_greedy_tokens_equal_ours_before_and_after_a_change_of_the_weights(ranks: list[dict[str, Any]]) -> None:
@@ -61,6 +70,7 @@ def test_greedy_tokens_equal_ours_before_and_after_a_change_of_the_weights(ranks
             for their, our in zip(theirs, ours, strict=True):
                 assert their[0] == our[0] and their[2:] == our[2:]
                 np.testing.assert_allclose(their[1], our[1], atol=5e-5)
+    print("seconds of a transfer:", report["sync_s 5"], report["sync_s 6"])
     before, after = ([group[0][0] for group in report[f"greedy {version}"]] for version in (5, 6))
     assert all(first != second for first, second in zip(before, after, strict=True)), "the weights must differ"
 
@@ -87,10 +97,9 @@ def test_rollouts_end_with_eod_or_at_their_limit_and_carry_number_and_version(ra
 
 
 def test_all_ranks_hear_the_same(ranks: list[dict[str, Any]]) -> None:
-    for other in ranks[1:]:
-        assert {name: value for name, value in other.items() if name != "files"} == {
-            name: value for name, value in ranks[0].items() if name != "files"
-        }
+    reports = [{name: value for name, value in one.items() if name != "left" and "sync_s" not in name} for one in ranks]
+    assert all(report == reports[0] for report in reports[1:])
+    assert ranks[0]["left"] == [], "files of weights must not outlive the engine"
 
 
 def test_every_second_step_the_old_weights_answer_and_say_so(served: tuple[Path, VllmServer], tmp_path: Path) -> None:

@@ -24,6 +24,16 @@ class VllmOptions:
     rollout_sync_interval: int = option(
         1, help="optimizer steps between two transfers of the weights to the servers; above 1 rollouts are stale"
     )
+    rollout_weight_transfer: str = option(
+        "files",
+        choices=("files", "gloo", "nccl"),
+        help="how servers get the weights: files in --rollout-weights-folder; or from memory to memory by vLLM's "
+        "weight-transfer interface, over nccl between GPUs, over gloo to servers on CPU",
+    )
+    rollout_sync_timeout_s: float = option(
+        300.0,
+        help="seconds of a transfer, in which servers that are lost may also come back; without any the run ends",
+    )
     rollout_weights_folder: str = option(
         "/dev/shm",
         help="folder in which weights are handed to the servers, seen by them under the same path: memory on one host, "
@@ -36,8 +46,8 @@ class VllmOptions:
     )
     rollout_max_in_flight: int = option(256, help="requests under way per data-parallel replica, one per prefix")
     rollout_max_attempts: int = option(5, help="attempts of one request; only transient failures are tried again")
-    rollout_request_timeout_s: float = option(600.0, help="seconds of one attempt")
-    rollout_give_up_s: float = option(1200.0, help="seconds of one request with all its attempts")
+    rollout_request_timeout_s: float = option(400.0, help="seconds of one attempt")
+    rollout_give_up_s: float = option(480.0, help="seconds of one request with all its attempts")
     rollout_api_key_env: str = option("ROLLOUT_API_KEY", help="environment variable that holds the servers' API key")
 
     def validate_vllm(self) -> None:
@@ -56,7 +66,7 @@ class VllmOptions:
         for name in ("rollout_sync_interval", "rollout_max_in_flight", "rollout_max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1.")
-        for name in ("rollout_request_timeout_s", "rollout_give_up_s"):
+        for name in ("rollout_request_timeout_s", "rollout_give_up_s", "rollout_sync_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give seconds above 0.")
         if not self.rollout_importance_cap >= 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from megatron_sip.model.presets import Architecture
 from megatron_sip.rollout.config import RolloutConfig
 from megatron_sip.rollout.protocol import GenerationRequest
 from megatron_sip.rollout.random import token_uniforms
+from megatron_sip.rollout.vllm.direct import DirectTransfer
 from megatron_sip.rollout.vllm.files import WeightFiles
+from megatron_sip.rollout.vllm.fitting import Needs
+from megatron_sip.rollout.vllm.links import link_of
 from megatron_sip.rollout.vllm.servers import Answer, VllmServers
+from megatron_sip.rollout.vllm.stream import ModelStream
+from megatron_sip.rollout.vllm.transfer import FileTransfer, WeightTransfer
 from megatron_sip.rollout.vllm.weights import StageWeights
 from megatron_sip.teacher.http.failures import Failure
 from megatron_sip.types import Candidate, CandidateKind
@@ -46,15 +52,18 @@ class VllmEngine:
         self._config = config
         self._vocab_size = vocab_size
         self._eod = eod
-        self._tied = not architecture.untie_embeddings_and_output_weights
         self._weights = StageWeights(chunks, context, architecture, vocab_size)
         dtype = next(chunks[0].parameters()).dtype
         model_config = config_of(architecture, vocab_size, dtype, None, eod)
-        self._files = WeightFiles(self._weights, context, Path(config.rollout_weights_folder), model_config)
+        self._needs = Needs(vocab_size, self._weights.is_tied, model_config, config.rollout_weight_transfer)
         self._servers = VllmServers(config, context.dp_rank) if context.is_leader else None
-        self._directory = Path()
+        self._transfer = self._transfer_of(config, model_config)
+        self._run = context.broadcast_from_rank_zero(secrets.token_hex(4))
+        """Part of a version's name: another run's weights are never taken for this one's."""
+        self._current = -1
+        """Version of the trainer's weights; -1 before the first are handed over."""
         self._version = -1
-        """Of the servers' weights; -1 before the first are handed over."""
+        """Of the servers' weights."""
 
     def sync_weights(self, version: int) -> None:
         """To be called on all ranks after each change of the weights: hands them over if it is time.
@@ -62,93 +71,104 @@ class VllmEngine:
         Raises:
             RolloutError: no server took them, or they could not be written; on all ranks.
         """
+        self._current = version
         if self._version >= 0 and 0 <= version - self._version < self._config.rollout_sync_interval:
             return
-        context = self._context
-        self._weights.complete()
-        directory, problem = Path(), ""
-        if context.dp_rank == 0:
-            directory, problem = self._files.write(version)
-        if context.rank == 0 and not problem:
-            problem = self._hand_over(directory, version)
-        directory, problem = context.broadcast_from_rank_zero((directory, problem))
-        if problem:
-            raise RolloutError(problem)
-        if self._version < 0:
-            self._check_servers()
-        self._directory, self._version = directory, version
+        self._hand_over()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Candidate]]:
-        """The rollouts of each request, in order, equal on all ranks of the replica.
+        """The rollouts of each request, in order, equal on all ranks of the replica. To be called on all replicas.
 
         Raises:
             RolloutError: a request has no answer after all attempts; on all ranks of the replica.
         """
-        own: tuple[list[list[Candidate]], str] = ([], "")
-        if self._servers is not None:
-            try:
-                own = (self._ask(self._servers, requests), "")
-            except RolloutError as error:
-                own = ([], str(error))
-        candidates, problem = self._context.broadcast_object(own)
+        candidates: list[list[Candidate]] = [[] for _ in requests]
+        waiting = [index for index, request in enumerate(requests) if request.num_rollouts > 0]
+        for last in (False, True):
+            own: tuple[dict[int, list[Candidate]], str] = ({}, "")
+            if self._servers is not None:
+                try:
+                    own = (self._ask(self._servers, requests, waiting, last), "")
+                except RolloutError as error:
+                    own = ({}, str(error))
+            found, problem = self._context.broadcast_object(own)
+            for index, group in found.items():
+                candidates[index] = group
+            waiting = [index for index in waiting if index not in found]
+            if last or not self._context.any_rank(bool(waiting) and not problem):
+                break
+            # A server lost its weights: all ranks hand the present ones over, whichever replica met it.
+            self._hand_over()
         if problem:
             raise RolloutError(problem)
         return candidates
 
     def close(self) -> None:
         """Ends connections and removes the files."""
+        self._transfer.close()
         if self._servers is not None:
             self._servers.close()
-        if self._context.rank == 0:
-            self._files.remove()
 
-    def _hand_over(self, directory: Path, version: int) -> str:
-        """What went wrong, or ""."""
-        assert self._servers is not None
-        try:
-            if self._version < 0:
-                self._servers.check(self._vocab_size, self._tied)
-            self._servers.sync(directory, version)
-        except RolloutError as error:
-            return str(error)
-        self._files.keep_only(directory)
-        return ""
+    def _transfer_of(self, config: RolloutConfig, model_config: Mapping[str, Any]) -> WeightTransfer:
+        context, servers = self._context, self._servers
+        first = servers if context.rank == 0 else None
+        if config.rollout_weight_transfer == "files":
+            files = WeightFiles(self._weights, context, Path(config.rollout_weights_folder), model_config)
+            return FileTransfer(files, first, context, config.rollout_sync_timeout_s)
+        link = link_of(config.rollout_weight_transfer, context.device, config.rollout_sync_timeout_s)
+        stream = ModelStream(self._weights, context)
+        return DirectTransfer(stream, link, first, context, config.rollout_sync_timeout_s)
+
+    def _hand_over(self) -> None:
+        self._check_servers()  # those that are new, or were not there before
+        self._weights.complete()
+        problem = ""
+        if self._context.dp_rank == 0:
+            problem = self._transfer.hand_over(self._name(self._current))
+        problem = self._context.broadcast_from_rank_zero(problem)
+        if problem:
+            raise RolloutError(problem)
+        self._version = self._current
+
+    def _name(self, version: int) -> str:
+        """As servers know it."""
+        return f"{version}-{self._run}"
 
     def _check_servers(self) -> None:
+        """The first replica's leader before it hands over, the others' in turn: they learn the longest sequence."""
         problem = ""
-        if self._servers is not None and self._context.rank > 0:
+        if self._servers is not None:
             try:
-                self._servers.check(self._vocab_size, self._tied)
+                self._servers.check(self._needs)
             except RolloutError as error:
                 problem = str(error)
-        problem = self._context.broadcast_object(problem)
+        problems = self._context.gather_over_data_parallel(self._context.broadcast_object(problem))
+        problem = next(filter(None, problems), "")
         if problem:
             raise RolloutError(problem)
 
-    def _ask(self, servers: VllmServers, requests: Sequence[GenerationRequest]) -> list[list[Candidate]]:
-        candidates: list[list[Candidate]] = [[] for _ in requests]
-        waiting = [index for index, request in enumerate(requests) if request.num_rollouts > 0]
-        for _ in range(2):
-            for index in waiting:
-                self._check_length(requests[index], servers.longest)
-            answers = servers.ask([self._body(requests[index]) for index in waiting])
-            stale = []
-            for index, answer in zip(waiting, answers, strict=True):
-                if isinstance(answer, Failure):
-                    raise RolloutError(f"a rollout request had no answer after all attempts: {answer}")
-                if any(version != str(self._version) for one in answer for version in one.versions):
-                    stale.append((index, answer))
-                else:
-                    candidates[index] = self._candidates(requests[index], answer)
-            if not stale:
-                return candidates
-            waiting = [index for index, _ in stale]
-            servers.sync(self._directory, self._version, only_stale=True)
-        found = sorted({version for _, answer in stale for one in answer for version in one.versions})
-        raise RolloutError(
-            f"a rollout server answers with weights {', '.join(found)} in place of version {self._version}, also after "
-            "they were handed over again: does another run use the same --rollout-endpoints?"
-        )
+    def _ask(
+        self, servers: VllmServers, requests: Sequence[GenerationRequest], waiting: Sequence[int], last: bool
+    ) -> dict[int, list[Candidate]]:
+        """Candidates by request, without those that other weights have answered."""
+        for index in waiting:
+            self._check_length(requests[index], servers.longest)
+        answers = servers.ask([self._body(requests[index]) for index in waiting])
+        found, stale = {}, set()
+        for index, answer in zip(waiting, answers, strict=True):
+            if isinstance(answer, Failure):
+                raise RolloutError(f"a rollout request had no answer after all attempts: {answer}")
+            others = {version for one in answer for version in one.versions} - {self._name(self._version)}
+            stale |= others
+            if not others:
+                found[index] = self._candidates(requests[index], answer)
+        if stale and last:
+            raise RolloutError(
+                f"a rollout server answers with weights {', '.join(sorted(stale))} in place of "
+                f"{self._name(self._version)}, also after they were handed over again: does another run use the same "
+                "--rollout-endpoints?"
+            )
+        return found
 
     def _body(self, request: GenerationRequest) -> dict[str, Any]:
         """Names every parameter that a server could have defaults of its own for."""

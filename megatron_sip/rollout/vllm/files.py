@@ -36,7 +36,7 @@ class WeightFiles:
         name = context.broadcast_from_rank_zero(f"megatron-sip-{secrets.token_hex(6)}")
         self.folder = parent / name
 
-    def write(self, version: int) -> tuple[Path, str]:
+    def write(self, version: str) -> tuple[Path, str]:
         """(directory, "") of the new version, or what went wrong; to be called on all ranks of the first replica.
 
         The answer counts on the leader; versions before this one are still there.

@@ -37,7 +37,8 @@ class StageWeights:
     ) -> None:
         self._chunks = chunks
         self._context = context
-        self._tied = not architecture.untie_embeddings_and_output_weights
+        self.is_tied = not architecture.untie_embeddings_and_output_weights
+        """Whether embedding and output layer are one."""
         self._pieces: dict[tuple[str, int | None], list[Piece]] = {}
         for piece in pieces(architecture, vocab_size):
             self._pieces.setdefault((piece.key, piece.layer), []).append(piece)
@@ -61,7 +62,7 @@ class StageWeights:
 
     def _sources(self, piece: Piece) -> Sequence[tuple[str, tuple[int, ...]]]:
         """A tied output layer is named too: servers of an untied copy need it, others skip it."""
-        if self._tied and piece.key == EMBEDDING:
+        if self.is_tied and piece.key == EMBEDDING:
             return (*piece.sources, (LM_HEAD, piece.shape))
         return piece.sources
 

@@ -68,7 +68,8 @@ def candidate_rows(
 
 
 def rollout_batches(lengths: Sequence[int], max_groups: int) -> Iterator[tuple[int, int]]:
-    """(prefixes, width) of each batch of rollouts, longest first, as ``rollout.batch.plan_batches`` cuts them."""
+    """(prefixes, width) of each batch of rollouts, longest first, as ``rollout.queue.RequestQueue`` hands
+    them out to an empty batch: of rollouts that all go on to their limit none joins a running one."""
     ordered = sorted(lengths, reverse=True)
     for start in range(0, len(ordered), max_groups):
         part = ordered[start : start + max_groups]

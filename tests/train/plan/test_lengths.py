@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_sip.preference.rows import Row, RowShape, build_rows
 from megatron_sip.rollout import GenerationRequest, SeedKey
-from megatron_sip.rollout.batch import plan_batches
+from megatron_sip.rollout.queue import RequestQueue
 from megatron_sip.train.plan.lengths import PrefixLengths, candidate_rows, rollout_batches
 
 LENGTHS = [5, 200, 64, 65, 130, 12, 199, 3, 77]
@@ -27,7 +27,9 @@ def test_rollout_batches_are_cut_like_the_engines() -> None:
         GenerationRequest(number, np.ones(length, dtype=np.int64), 3, 8, SeedKey(0, 0))
         for number, length in enumerate(LENGTHS)
     ]
-    cut = plan_batches(requests, max_rows=12)
+    queue, cut = RequestQueue(requests), []
+    while queue:
+        cut.append(queue.take(max_rows=12))
     expected = [(len(batch), max(LENGTHS[index] for index in batch)) for batch in cut]
     assert list(rollout_batches(LENGTHS, max_groups=4)) == expected
 
