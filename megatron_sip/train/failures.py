@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +21,17 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 """What Gloo says when another rank has ended, or no longer answers."""
 
 
-def say_once_per_node(error: SIPError) -> None:
-    """Prints a failure that every rank meets before the ranks know each other; nodes may differ in what they lack."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def say_once_per_node(error: SIPError, patience: float = 30.0) -> None:
+    """Prints a failure that every rank meets before the ranks know each other; nodes may differ in what they lack.
+
+    The node's first rank speaks. The others leave it ``patience`` seconds to do so, as torchrun ends all ranks when the
+    first has ended, also one that has not spoken yet; a rank that is still alive then has met the failure alone, and
+    says so itself.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank != "0":
+        time.sleep(patience)
+    print(f"error: {error}" + (f" (local rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
 
 
 @contextmanager

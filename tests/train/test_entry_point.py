@@ -158,6 +158,31 @@ def test_fault_that_all_ranks_meet_is_one_line_without_a_traceback(corpora: Path
     assert "exitcode  : 2" in log and "megatron_sip/" not in log
 
 
+FAULT_OF_SOME = """
+import os, sys, time
+from megatron_sip.errors import ConfigurationError
+from megatron_sip.train.failures import say_once_per_node
+rank = os.environ["LOCAL_RANK"]
+if rank == "0":
+    time.sleep(3)
+    if sys.argv[1] == "one":
+        time.sleep(100)
+say_once_per_node(ConfigurationError("no such file"), patience=0.5 if sys.argv[1] == "one" else 60)
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(("who", "place"), [("all", ""), ("one", " (local rank 1)")])
+def test_fault_before_the_ranks_know_each_other_is_said_once_though_the_speaker_is_the_last(
+    who: str, place: str, tmp_path: Path
+) -> None:
+    # torchrun stops all ranks as soon as one has ended: the first one's line was lost if it was the slower.
+    (tmp_path / "fault.py").write_text(FAULT_OF_SOME)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "fault.py"), who]
+    done = subprocess.run(launch, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == ["error: no such file" + place]
+
+
 FAULTS = """
 import errno, os, sys
 from megatron_sip.errors import JudgeError
