@@ -7,7 +7,7 @@ from megatron_sip.lazy import imported_when_asked_for
 
 if TYPE_CHECKING:
     from megatron_sip.distributed.context import HostGroups, ParallelContext, initialize
-    from megatron_sip.distributed.cpu_linear import linear
+    from megatron_sip.distributed.cpu_linear import linear, writes_into
     from megatron_sip.distributed.device import (
         capture,
         communication_backend,
@@ -24,7 +24,7 @@ else:
     __getattr__ = imported_when_asked_for(
         __name__,
         context="HostGroups ParallelContext initialize",
-        cpu_linear="linear",
+        cpu_linear="linear writes_into",
         device="capture communication_backend device_memory_bytes memory_metrics pin release_cached_memory "
         "select_device synchronize",
         main_grad="mark_as_added",
@@ -47,4 +47,5 @@ __all__ = [
     "release_cached_memory",
     "select_device",
     "synchronize",
+    "writes_into",
 ]

@@ -20,17 +20,27 @@ from megatron_sip.distributed.main_grad import mark_as_added
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """inputs [..., i] times weight [o, i] transposed (+ bias [o]) -> [..., o], on any device; both may be transposed
-    views. Not differentiable where it takes oneDNN: for use inside autograd functions and without gradients."""
-    on_cpu = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
-    if _HAS_ONEDNN and on_cpu and inputs.numel() and weight.numel():  # it refuses empty ones
+    views. Not differentiable where it takes oneDNN: for use inside autograd functions and without gradients. Without a
+    bias and where ``writes_into`` says so, the result is written to ``out``."""
+    if out is not None:
+        return torch.mm(inputs, weight.t(), out=out)
+    if not writes_into(inputs, weight) and inputs.numel() and weight.numel():  # it refuses empty ones
         rows = torch.ops.mkldnn._linear_pointwise(inputs.flatten(0, -2), weight, bias, "none", [], "")
         # The operator itself gives a view for more than two dimensions, and what an autograd function returns as a view
         # may not be changed in place, as Megatron-Core's cross-entropy changes its logits.
         result: torch.Tensor = torch.ops.aten._unsafe_view(rows, (*inputs.shape[:-1], weight.shape[0]))
         return result
     return F.linear(inputs, weight, bias)
+
+
+def writes_into(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether ``linear`` of matrices can write to memory it is given; oneDNN's operator for float32 cannot."""
+    on_cpu = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
+    return not (_HAS_ONEDNN and on_cpu)
 
 
 class _Linear(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sip.distributed import linear, mark_as_added
+from megatron_sip.distributed import linear, mark_as_added, writes_into
 from megatron_sip.model.logprobs import num_valid_columns
 
 _MIN_ROWS = 128
@@ -133,9 +133,10 @@ class _TargetLogProbs(torch.autograd.Function):
         log_probs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         log_sums = torch.empty_like(log_probs)
         grads = None if gradient is None else _Gradients(hidden, weight, shape)
-        for block in shape.blocks(len(targets)):
+        blocks = _Blocks(hidden, weight, shape)
+        for block in blocks.positions:
             wanted = None if gradient is None else gradient[block]
-            logits = _logits(hidden[block], weight, shape)
+            logits = blocks.logits(block)
             log_sums[block], log_probs[block] = _reduce(logits, targets[block], wanted, shape)
             if grads is not None:
                 grads.add(block, logits)
@@ -153,17 +154,30 @@ class _TargetLogProbs(torch.autograd.Function):
             _check_equal(grad_outputs[0], gradient)
         else:
             grads = _Gradients(hidden, weight, shape)
-            for block in shape.blocks(len(targets)):
-                logits = _logits(hidden[block], weight, shape)
+            blocks = _Blocks(hidden, weight, shape)
+            for block in blocks.positions:
+                logits = blocks.logits(block)
                 _reduce_to_gradient(logits, log_sums[block], targets[block], grad_outputs[0][block], shape)
                 grads.add(block, logits)
                 del logits
         return *grads.finish(), None, None, None
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, shape: _Shape) -> torch.Tensor:
-    """[rows, r] in the model's precision; the padded columns are never computed."""
-    return linear(hidden, weight[: shape.num_valid])
+class _Blocks:
+    """Computes the logits of one block after the other, in the same memory where the kernel can write there: blocks of
+    their own leave holes in a CPU's heap that the next do not fit."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, shape: _Shape) -> None:
+        self.positions = shape.blocks(len(hidden))
+        self._hidden, self._weight = hidden.detach(), weight.detach()[: shape.num_valid]
+        self._memory: torch.Tensor | None = None
+        if self.positions and writes_into(self._hidden, self._weight):
+            self._memory = hidden.new_empty(self.positions[0].stop, shape.num_valid)
+
+    def logits(self, block: slice) -> torch.Tensor:
+        """[rows, r] in the model's precision, until the next call; the padded columns are never computed."""
+        out = None if self._memory is None else self._memory[: block.stop - block.start]
+        return linear(self._hidden[block], self._weight, out=out)
 
 
 def _reduce(
