@@ -10,6 +10,9 @@ from megatron_sip.rollout.candidates import CandidatePool
 from megatron_sip.rollout.parameters import SamplingParameters
 from megatron_sip.rollout.vllm.config import VllmOptions
 
+AUTOMATIC_GATHER_BYTES = 2 << 30
+"""Weights of a whole model that ``--rollout-weights auto`` gathers at most."""
+
 
 @dataclass(frozen=True)
 class RolloutConfig(VllmOptions):
@@ -70,3 +73,10 @@ class RolloutConfig(VllmOptions):
     @property
     def sampling(self) -> SamplingParameters:
         return SamplingParameters(self.rollout_temperature, self.rollout_top_p, self.rollout_top_k)
+
+
+def gathers_weights(choice: str, model_bytes: float, tp_size: int) -> bool:
+    """What ``rollout_weights`` comes to: whether each tensor-parallel rank decodes rows of its own with the whole
+    weights of ``model_bytes``."""
+    wanted = choice == "gathered" or (choice == "auto" and model_bytes <= AUTOMATIC_GATHER_BYTES)
+    return wanted and tp_size > 1

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.model import NextLogits, PolicyModel
+from megatron_sip.rollout.config import gathers_weights
 from megatron_sip.rollout.lean import LeanStage
 from megatron_sip.rollout.weights import gather_weights, is_known_architecture, own_weights, whole_model_bytes
 from megatron_sip.types import AttentionPlan
-
-_AUTOMATIC_GATHER_BYTES = 2 << 30
 
 
 class StageChain:
@@ -42,9 +41,7 @@ class StageChain:
             raise ConfigurationError(
                 "--rollout-weights gathered knows only the layers of --transformer-impl local: choose that, or sharded."
             )
-        small = whole_model_bytes(self._chunks[0]) <= _AUTOMATIC_GATHER_BYTES
-        wanted = weights == "gathered" or (weights == "auto" and small and known)
-        self.gathered = wanted and context.tp_size > 1
+        self.gathered = known and gathers_weights(weights, whole_model_bytes(self._chunks[0]), context.tp_size)
         """Whether each tensor-parallel rank decodes rows of its own with the whole weights."""
         self._by_modules = not known
         config = self._chunks[0].config

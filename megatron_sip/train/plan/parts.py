@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_sip.rollout.config import gathers_weights
 from megatron_sip.train.checks import reference_policy
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.dry_run import DryRun, PhaseFigures
@@ -13,9 +14,6 @@ from megatron_sip.train.plan import costs
 from megatron_sip.train.plan.costs import Rows, Share, Work
 from megatron_sip.train.plan.lengths import PrefixLengths, candidate_rows, rollout_batches
 from megatron_sip.train.plan.speed import LAUNCHES, LINK, Machine
-
-GATHER_BYTES = 2 << 30
-"""Under tensor parallelism rollouts gather the weights of models up to this size (``--rollout-weights auto``)."""
 
 PREFILL, DECODE, REFERENCE, OPTIMIZER = "rollout: prefill", "rollout: decode", "reference", "optimizer"
 GRADIENTS, PARAMETERS, OTHER = "gradient reduction", "parameter gather", "other"
@@ -114,10 +112,8 @@ class PartList:
         yield Part(DECODE, writing, self._machine.causes(writing, "decode", link))
 
     def _gathers(self) -> bool:
-        if self._layout.tp == 1 or self._config.rollout.rollout_weights == "sharded":
-            return False
         size = self._run.num_parameters * self._weight_bytes
-        return self._config.rollout.rollout_weights == "gathered" or size <= GATHER_BYTES
+        return gathers_weights(self._config.rollout.rollout_weights, size, self._layout.tp)
 
     def _micro_batches(self, stream: str, phase: PhaseFigures, candidates: int) -> list[Rows]:
         training, data = self._config.training, self._config.data
