@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     os.sched_setaffinity(0, {options.trainer_core})
+    torch.set_num_threads(1)  # more of them would wait for each other on that core
     with tempfile.TemporaryDirectory() as folder:
         write_corpora(Path(folder))
         figures = in_flight(options, Path(folder)) if options.in_flight else table(options, Path(folder))

@@ -9,7 +9,15 @@ from contextvars import ContextVar
 from typing import Any
 
 from megatron_sip.teacher.config import TeacherConfig
-from megatron_sip.teacher.interfaces import JudgeIdentity, JudgeRequest, JudgeResult, Question, Verdict
+from megatron_sip.teacher.interfaces import (
+    JudgeIdentity,
+    JudgeRequest,
+    JudgeResult,
+    Question,
+    Rewrite,
+    RewriteItem,
+    Verdict,
+)
 from megatron_sip.teacher.panel import Panel, PanelSettings
 from megatron_sip.teacher.rewriter import CopyRewriter
 
@@ -50,7 +58,18 @@ class SlowPanel(Panel):
         return await super().judge(request)
 
 
-def build(config: TeacherConfig, round_s: Sequence[float], **options: Any) -> Panel:
+class SlowRewriter(CopyRewriter):
+    """Answers all of a request after ``rewrite_s``."""
+
+    def __init__(self, rewrite_s: float) -> None:
+        self._rewrite_s = rewrite_s
+
+    async def rewrite(self, items: Sequence[RewriteItem]) -> list[Rewrite]:
+        await asyncio.sleep(self._rewrite_s)
+        return await super().rewrite(items)
+
+
+def build(config: TeacherConfig, round_s: Sequence[float], rewrite_s: float = 0.0, **options: Any) -> Panel:
     """The factory that the teacher process calls. ``round_s``: by step, the last one for all that follow."""
     settings = PanelSettings(
         weights=config.weights,
@@ -60,6 +79,6 @@ def build(config: TeacherConfig, round_s: Sequence[float], **options: Any) -> Pa
         votes=1,
         pair_budget=config.pair_budget,
     )
-    panel = SlowPanel(SlowJudge(), [], CopyRewriter(), settings)
+    panel = SlowPanel(SlowJudge(), [], SlowRewriter(rewrite_s), settings)
     panel.round_s = round_s
     return panel

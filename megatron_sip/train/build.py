@@ -141,6 +141,7 @@ def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSi
                 pending,
                 config.training.lookahead,
                 config.training.train_iters,
+                draw_ahead=config.training.rewrite_lookahead if uses_rewriter(config) else 0,
             ),
             runner=_runner(config, context, parts),
             teacher=parts.link,

@@ -149,10 +149,12 @@ def _check_schedule(config: TrainConfig) -> None:
 def _check_lookahead(config: TrainConfig) -> None:
     training, queue = config.training, config.teacher.judge_queue
     # A batch ahead has a judge's ticket and a rewriter's; a probe, the state for a checkpoint and a repeat come on top.
-    needed = 2 * training.lookahead + 4
-    if training.lookahead and queue < needed:
+    drawn = training.rewrite_lookahead if uses_rewriter(config) else 0
+    needed = 2 * training.lookahead + drawn + 4
+    if (training.lookahead or drawn > 1) and queue < needed:
         raise ConfigurationError(
-            f"--judge-queue {queue} is too short for --lookahead {training.lookahead}: give at least {needed}"
+            f"--judge-queue {queue} is too short for --lookahead {training.lookahead} and --rewrite-lookahead {drawn}: "
+            f"give at least {needed}"
         )
     if training.lookahead and training.reference_scoring == "early":
         raise ConfigurationError(

@@ -58,6 +58,11 @@ class TrainingConfig:
     lookahead: int = option(
         0, help="steps whose candidates are with the judge ahead of training: 0 keeps policy and rollouts in step"
     )
+    rewrite_lookahead: int = option(
+        1,
+        help="steps whose rewrites are asked for beyond those whose candidates are with the judge; no rewrite is stale "
+        "for it, since rewrites need no weights",
+    )
     on_late_judgment: str = option(
         "wait",
         choices=("wait", "fill"),
@@ -110,7 +115,7 @@ class TrainingConfig:
         for name in ("rollout_micro_batch_size", "dry_run_world_size", "dry_run_corpus_samples"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
-        for name in ("eval_interval", "eval_iters", "probe_interval", "seed", "lookahead"):
+        for name in ("eval_interval", "eval_iters", "probe_interval", "seed", "lookahead", "rewrite_lookahead"):
             _at_least(self, name, 0)
         if not 0 <= self.judge_pause_failure_rate <= 1:
             raise ConfigurationError(

@@ -23,7 +23,7 @@ from megatron_sip.distributed import ParallelContext
 from megatron_sip.errors import ConfigurationError
 from megatron_sip.rollout.statistics import rollout_sums
 from megatron_sip.teacher.interfaces import GroupVerdict
-from megatron_sip.train.prepare import PreparedStep, Preparer, only_suffixes
+from megatron_sip.train.prepare import DrawnStep, PreparedStep, Preparer
 from megatron_sip.train.teacher_link import JudgedGroups, TeacherLink
 from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Sample
 
@@ -60,11 +60,8 @@ class PendingState:
         verdicts = self._context.gather_over_data_parallel(judged)
         whole = [part for part in verdicts if part is not None and not part.out_of_order]
         return {
-            "step": prepared.step,
+            **self.drawn_state(prepared.drawn),
             "prepared_at": prepared.prepared_at,
-            "plan": asdict(prepared.plan),
-            "first_window": prepared.first_window,
-            "first_sample": prepared.first_sample,
             "rollout_s": prepared.rollout_s,
             "candidates": _packed_groups(groups),
             # What some replicas have heard and others not is asked again, the ledger knows those answers; and what the
@@ -72,39 +69,62 @@ class PendingState:
             "verdicts": _packed_verdicts(whole) if len(whole) == len(verdicts) and whole else None,
         }
 
+    def drawn_state(self, drawn: DrawnStep) -> dict[str, Any]:
+        """Where its samples are. Rewrites are asked for again: what has come of them is in the ledger, if at all."""
+        return {
+            "step": drawn.step,
+            "plan": asdict(drawn.plan),
+            "first_window": drawn.first_window,
+            "first_sample": drawn.first_sample,
+        }
+
+    def drawn_again(self, state: Mapping[str, Any]) -> DrawnStep:
+        """Its samples, and their rewrites asked for. Raises ConfigurationError if this number of replicas cannot share
+        the step."""
+        return self._preparer.with_rewrites(self._redrawn(state))
+
     def restored(self, state: Mapping[str, Any]) -> PreparedStep:
         """Raises ConfigurationError if this number of replicas cannot share the step."""
-        plan = StepPlan(**state["plan"])
-        self._check_shares(state["step"], plan)
-        counts, position = plan.counts, int(state["first_sample"])
-        samples: dict[str, list[Sample]] = {}
-        for stream in ("suffix", "rewrite", "rollout"):
-            samples[stream] = self._at(SUFFIX, position, counts[stream])
-            position += counts[stream]
-        rewritten = _unpacked_groups(state["candidates"], samples["rewrite"], self._share(counts["rewrite"]))
+        drawn = self._redrawn(state)
+        counts = drawn.plan.counts
+        rewritten = _unpacked_groups(state["candidates"], drawn.rewritten, self._share(counts["rewrite"]))
         share = [counts["rewrite"] + bound for bound in self._share(counts["rollout"])]
-        groups = _unpacked_groups(state["candidates"], samples["rollout"], share)
+        groups = _unpacked_groups(state["candidates"], drawn.judged, share)
         rollouts = [c for group in groups for c in group.candidates if c.kind is CandidateKind.ROLLOUT]
         judged, ticket = None, None
         if state["verdicts"] is not None:
             judged = self._own_verdicts(state["verdicts"], groups, self._share(counts["rollout"]))
         else:
             # Running statistics have met these groups before they were saved.
-            ticket = self._preparer.submit(groups, int(state["step"]), learn=False)
+            ticket = self._preparer.submit(groups, drawn.step, learn=False)
         return PreparedStep(
-            step=int(state["step"]),
-            plan=plan,
+            drawn=drawn,
             prepared_at=int(state["prepared_at"]),
-            first_window=int(state["first_window"]),
-            first_sample=int(state["first_sample"]),
-            windows=self._at(NEXT_TOKEN, int(state["first_window"]), counts["ntp"]),
-            suffix_groups=only_suffixes(samples["suffix"]),
             rewrite_groups=rewritten,
             groups=groups,
             judge_ticket=ticket,
             judged=judged,
             rollout_sums=rollout_sums(rollouts, self._eod_id),
             rollout_s=float(state["rollout_s"]),
+        )
+
+    def _redrawn(self, state: Mapping[str, Any]) -> DrawnStep:
+        plan = StepPlan(**state["plan"])
+        self._check_shares(state["step"], plan)
+        position = int(state["first_sample"])
+        samples: dict[str, list[Sample]] = {}
+        for stream in ("suffix", "rewrite", "rollout"):
+            samples[stream] = self._at(SUFFIX, position, plan.counts[stream])
+            position += plan.counts[stream]
+        return DrawnStep(
+            step=int(state["step"]),
+            plan=plan,
+            first_window=int(state["first_window"]),
+            first_sample=int(state["first_sample"]),
+            windows=self._at(NEXT_TOKEN, int(state["first_window"]), plan.counts["ntp"]),
+            suffixes=samples["suffix"],
+            rewritten=samples["rewrite"],
+            judged=samples["rollout"],
         )
 
     def _at(self, stream: str, first: int, count: int) -> list[Any]:

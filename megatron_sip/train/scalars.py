@@ -74,6 +74,8 @@ def candidate_scalars(context: ParallelContext, prepared: PreparedStep, pool: Ca
         flat = {f"{part} {name}": pair[part] for name, pair in own.items() for part in (0, 1)}
         sums = context.sum_over_data_parallel(flat)
         scalars.update(ratios({name: (sums[f"0 {name}"], sums[f"1 {name}"]) for name in own}))
+    if prepared.rewrite_wait_s is not None:
+        scalars["rewriter/exposed_wait_s"] = prepared.rewrite_wait_s
     return scalars
 
 

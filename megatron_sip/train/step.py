@@ -32,7 +32,7 @@ from megatron_sip.preference import (
 )
 from megatron_sip.rollout import CandidatePool, RolloutEngine
 from megatron_sip.train.fill import WINDOWS, FillRule
-from megatron_sip.train.prepare import PreparedStep, StepShape
+from megatron_sip.train.prepare import PreparedStep, StepShape, only_suffixes
 from megatron_sip.train.references import (
     CandidateScores,
     from_scores,
@@ -144,9 +144,9 @@ class StepRunner:
 
     def _unjudged_passes(self, prepared: PreparedStep) -> list[tuple[str, tuple[RowBatch, ...], Objective]]:
         passes: list[tuple[str, tuple[RowBatch, ...], Objective]] = []
-        if prepared.windows:
-            passes.append(("ntp", self._window_batches(prepared.windows), NextToken()))
-        for name, groups in (("suffix", prepared.suffix_groups), ("rewrite", prepared.rewrite_groups)):
+        if prepared.drawn.windows:
+            passes.append(("ntp", self._window_batches(prepared.drawn.windows), NextToken()))
+        for name, groups in (("suffix", only_suffixes(prepared.drawn.suffixes)), ("rewrite", prepared.rewrite_groups)):
             if groups:
                 groups = [groups[index] for index in longest_first([group.sample.prefix for group in groups])]
                 picks = [0 if group.candidates else None for group in groups]

@@ -69,7 +69,7 @@ class Validation:
         Returns (scalars ``probe/...``, this replica's preferences).
         """
         samples = self._peek("sip", self._num_probes)
-        groups, _, _ = self._preparer.build_groups(PROBE_STEP + step, samples)
+        groups = self._preparer.build_groups(PROBE_STEP + step, samples)
         # The step names the probe in a ledger too: samples, and questions among them, are the same each time.
         ticket = self._teacher.submit_groups(groups, learn=False, step=PROBE_STEP + step)
         judged = self._teacher.collect_groups(ticket)

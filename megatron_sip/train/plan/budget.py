@@ -48,7 +48,7 @@ class JudgeBudget:
     exposed_s: tuple[float, float]
     """Seconds that a step waits: without lookahead, and with the run's (at least 1)."""
     load: JudgeLoad | None = None
-    """None for an embedded judge."""
+    """A step's rewrites included; None for an embedded judge."""
     gpus_hidden: tuple[int | None, int | None] = (None, None)
     """Fewest GPUs whose verdicts nobody waits for, without and with lookahead; None: no number is enough."""
     keeping_up: tuple[int, int] = (0, 0)
@@ -182,31 +182,40 @@ def plan(
         steps = left if figures.steps is None else min(left, figures.steps)
         left -= steps
         parts = tuple(maker.of(figures))
+        rewrites = None
         if pool is not None and figures.rewrites:
-            parts = (*parts, _rewriter(config, figures, lengths, pool, parts))
+            rewrites = _rewrite_load(config, figures, lengths, pool)
+            parts = (*parts, _rewriter(config, rewrites, lengths, pool, parts))
         compute_s, hidden_s = sum(part.seconds for part in parts), maker.unjudged_seconds(parts)
-        judge = _judge(config, figures, run, lengths, hardware, pool, compute_s, hidden_s)
+        judge = _judge(config, figures, run, lengths, hardware, pool, rewrites, compute_s, hidden_s)
         phases.append(PhaseBudget(figures, steps, parts, judge, config.training.lookahead))
     return Budget(run, hardware, lengths, tuple(phases), pool, config.data.max_prefix_length)
 
 
+def _rewrite_load(config: TrainConfig, figures: PhaseFigures, lengths: PrefixLengths, pool: JudgePool) -> JudgeLoad:
+    suffix = config.data.suffix_length
+    prompt = lengths.mean + suffix + pool.server.question.template_tokens
+    return JudgeLoad(figures.rewrites, figures.rewrites, figures.rewrites * prompt, figures.rewrites * suffix)
+
+
 def _rewriter(
-    config: TrainConfig, figures: PhaseFigures, lengths: PrefixLengths, pool: JudgePool, parts: Sequence[Part]
+    config: TrainConfig, load: JudgeLoad, lengths: PrefixLengths, pool: JudgePool, parts: Sequence[Part]
 ) -> Part:
-    """The wait for rewrites from the judge's servers: they are asked for before rollouts begin and needed after
-    (train.prepare), however far ahead the step is prepared."""
+    """The wait for rewrites from the judge's servers: asked for before the rollouts begin, ``rewrite_lookahead`` steps
+    earlier, and needed after them (``train.lookahead``)."""
     suffix, question = config.data.suffix_length, pool.server.question
     prompt = lengths.mean + suffix + question.template_tokens
-    load = JudgeLoad(figures.rewrites, figures.rewrites, figures.rewrites * prompt, figures.rewrites * suffix)
     server = dataclasses.replace(pool.server, question=dataclasses.replace(question, answer_tokens=suffix))
+    time = pool_time(load, server, pool.num_gpus, 1, prompt)
+    compute_s = sum(part.seconds for part in parts)
     rollouts_s = sum(part.seconds for part in parts if part.name in (PREFILL, DECODE))
-    wait_s = max(0.0, pool_time(load, server, pool.num_gpus, 1, prompt).total_s - rollouts_s)
+    wait_s = exposed_wait(time, compute_s, rollouts_s, config.training.rewrite_lookahead)
     return Part(REWRITES, Work(), {JUDGE: wait_s})
 
 
 def _judge(
     config: TrainConfig, figures: PhaseFigures, run: DryRun, lengths: PrefixLengths, hardware: Hardware,
-    pool: JudgePool | None, compute_s: float, hidden_s: float,
+    pool: JudgePool | None, rewrites: JudgeLoad | None, compute_s: float, hidden_s: float,
 ) -> JudgeBudget | None:  # fmt: skip
     if not figures.judge.groups:
         return None
@@ -224,6 +233,7 @@ def _judge(
         suffix = config.data.suffix_length
         prompt = lengths.mean + 2 * suffix + pool.server.question.template_tokens
         load = judge_load(figures.judge, lengths.mean, suffix, pool.server)
+        load = load if rewrites is None else load + rewrites  # the same servers do both
         time = pool_time(load, pool.server, pool.num_gpus, rounds, prompt)
         enough = gpus_to_keep_up(load, pool.server, prompt, compute_s)
         then = pool_time(load, pool.server, enough, rounds, prompt)

@@ -21,6 +21,14 @@ class JudgeLoad:
     """Read by the servers, all together, without what their prefix caches have."""
     answer_tokens: float
 
+    def __add__(self, other: JudgeLoad) -> JudgeLoad:
+        return JudgeLoad(
+            self.requests + other.requests,
+            self.verdicts + other.verdicts,
+            self.prompt_tokens + other.prompt_tokens,
+            self.answer_tokens + other.answer_tokens,
+        )
+
 
 def judge_load(calls: JudgeCalls, prefix_tokens: float, suffix_tokens: int, server: JudgeServer) -> JudgeLoad:
     """Pairs show the prefix and both continuations; a pointwise question the prefix and one (at most)."""

@@ -51,19 +51,35 @@ def test_the_papers_step_has_the_operations_that_arithmetic_says(
     assert "bounded by waiting for the judge" in printed
 
 
-def test_rewrites_are_waited_for_beyond_the_rollouts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
+def test_rewrites_take_a_pools_time_of_which_a_step_of_lookahead_hides_a_step(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     scratch = ["--config", str(ROOT / "examples/recipes/scratch-safety.yaml"), "--dry-run-world-size", "64"]
-    assert plan(capsys, *scratch, *SERVER, "--judge-gpus", "1", "--lookahead", "1", "--json", str(path))[0] == 0
-    parts = json.loads(path.read_text())["phases"][0]["parts"]
+
+    def planned(gpus: int, rewrite_lookahead: int) -> tuple[dict[str, float], float]:
+        path = tmp_path / "plan.json"
+        flags = ["--lookahead", "1", "--rewrite-lookahead", str(rewrite_lookahead), "--judge-gpus", str(gpus)]
+        assert plan(capsys, *scratch, *SERVER, *flags, "--json", str(path))[0] == 0
+        phase = json.loads(path.read_text())["phases"][0]
+        return {name: part["seconds"] for name, part in phase["parts"].items()}, phase["judge"]["time"]["busy_s"]
+
     # One server: 256 prompts of 1,920 + 128 + 400 tokens at 10.2e9 operations and a quarter of 989e12 a second; two
     # waves of 128 answers of 128 tokens. All experts but (124/128)^128 of them are read: 116.8e9 - 111.7e9 / (124/128)
     # x 0.0172 parameters of 0.55 bytes, and 128 caches of 2,512 x 36,864 bytes, at half of 3.35e12 bytes/s.
     read_s = 256 * 2448 * 10.2e9 / (0.25 * 989e12)
     weights = (116.8e9 - 111.7e9 / (1 - 4 / 128) * (1 - 4 / 128) ** 128) * 0.55
     step_s = (weights + 128 * 2512 * 36864) / 1.675e12
-    rollouts_s = parts["rollout: prefill"]["seconds"] + parts["rollout: decode"]["seconds"]
-    assert parts["wait for rewrites"]["seconds"] == pytest.approx(read_s + 256 * step_s - rollouts_s)
+    parts, busy_s = planned(1, 0)
+    rollouts_s = parts["rollout: prefill"] + parts["rollout: decode"]
+    assert parts["wait for rewrites"] == pytest.approx(read_s + 256 * step_s - rollouts_s)
+    assert busy_s > read_s + 256 * step_s, "the same server writes the verdicts"
+    others_s = sum(seconds for name, seconds in parts.items() if name != "wait for rewrites")
+    # A step earlier: the server's work for a step, of which it does no more than one a step.
+    parts, _ = planned(1, 1)
+    assert parts["wait for rewrites"] == pytest.approx(read_s + 256 * step_s - others_s)
+    # A pool whose work is less than a step's hides it all.
+    assert planned(64, 0)[0]["wait for rewrites"] > 0
+    assert planned(64, 1)[0]["wait for rewrites"] == 0
 
 
 def test_lookahead_and_fewer_questions_shorten_the_wait(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
