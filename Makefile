@@ -42,7 +42,7 @@ test: lint ## style, types, import contract and all tests, in a virtual environm
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(DEV_STAMP) ## style, types and the import contract
-	$(BIN)/ruff check .
+	$(BIN)/ruff check megatron_sip tools benchmarks examples tests pretrain_sip.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

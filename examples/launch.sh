@@ -4,10 +4,13 @@
 #   DATA_PATH, VALID_DATA_PATH, TOKENIZER_MODEL, JUDGE_MODEL, PRETRAINED             in place of the recipe's paths
 #   DRY_RUN=1   only check: sizes, batches, judge calls, what is missing; needs no GPU
 set -euo pipefail
-cd "$(dirname "$0")/.."
-
 recipe=${1:?usage: examples/launch.sh RECIPE [FLAG ...]}
 shift
+caller=$PWD
+cd "$(dirname "$0")/.."
+# Everything runs in the repository's folder; a recipe may stand where the caller is.
+[[ ! -f $recipe && -f $caller/$recipe ]] && recipe=$caller/$recipe
+
 gpus=${GPUS_PER_NODE:-8}
 nodes=${NNODES:-1}
 

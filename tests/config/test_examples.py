@@ -69,11 +69,13 @@ def test_the_recipes_hold_the_papers_settings() -> None:
     }
 
 
-def test_the_quickstart_trains_on_what_it_has_made_wherever_that_is() -> None:
+@pytest.mark.parametrize("text", [[], [Path("mine.jsonl"), Path("more.jsonl")]], ids=["gathered", "own text"])
+def test_the_quickstart_trains_on_what_it_has_made_wherever_that_is(text: list[Path]) -> None:
     from tools.quickstart import all_stages
 
     run_dir = Path("elsewhere")
-    stages = all_stages(run_dir, EXAMPLES / "recipes" / "quickstart.yaml", 2, ["--seed", "3"])
+    stages = all_stages(run_dir, EXAMPLES / "recipes" / "quickstart.yaml", 2, ["--seed", "3"], text)
+    assert any(word.endswith("gather_corpus.py") for stage in stages for word in stage.command) == (not text)
     (words,) = [stage.command for stage in stages if any(word.endswith("pretrain_sip.py") for word in stage.command)]
     config = load_train_config(words[next(i for i, word in enumerate(words) if word.endswith("pretrain_sip.py")) + 1 :])
     made = {str(stage.output).removesuffix(".idx") for stage in stages}
@@ -116,6 +118,14 @@ def test_the_launcher_turns_its_variables_into_flags_and_counts_the_ranks(tmp_pa
         "--pretrained-checkpoint weights --lr 1e-6 --dry-run --dry-run-world-size 32"
     )
     assert said.stdout.replace("\n", " ").strip() == expected
+
+
+def test_the_launcher_finds_a_recipe_where_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").touch()
+    variables = {"PATH": os.environ["PATH"], "PYTHON": "/bin/echo", "DRY_RUN": "1"}
+    script = ["bash", str(EXAMPLES / "launch.sh"), "own.yaml"]
+    said = subprocess.run(script, env=variables, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"--config {tmp_path / 'own.yaml'} " in said.stdout
 
 
 def test_the_launcher_gives_ranks_the_time_to_save_that_torchrun_would_not(

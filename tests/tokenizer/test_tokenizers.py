@@ -201,7 +201,7 @@ def test_wrong_models_are_named(folder: Path, spm_model: str) -> None:
         build_tokenizer(TokenizerConfig(tokenizer_model=str(broken)))
     with pytest.raises(DataError, match="not tiktoken ranks"):
         build_tokenizer(TokenizerConfig(tokenizer_type="TikTokenizer", tokenizer_model=str(broken)))
-    with pytest.raises(DataError, match=r"--vocab-size 100: .* has 340 tokens"):
+    with pytest.raises(DataError, match=r"--vocab-size 100 .*: .* has 340 tokens; give --vocab-size 340 "):
         build_tokenizer(TokenizerConfig(tokenizer_model=spm_model, vocab_size=100))
     with pytest.raises(DataError, match="transformers cannot load it"):
         build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder)))
