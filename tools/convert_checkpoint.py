@@ -59,8 +59,8 @@ def add_export_options(parser: argparse.ArgumentParser, rows: str) -> None:
     parser.add_argument("--step", type=int, help="step to convert [the latest]")
     parser.add_argument(
         "--like", type=Path,
-        help="model directory that training started from: its config.json and tokenizer go along [what to-megatron put "
-        f"into {CARRIED_DIRECTORY}/ beside the weights]",
+        help="model directory that training started from: its config.json and tokenizer go along [what to-megatron "
+        f"or the run put into {CARRIED_DIRECTORY}/ beside the weights]",
     )  # fmt: skip
     parser.add_argument("--vocab-rows", type=int, help=f"rows of the embedding [{rows}]")
     parser.add_argument(

@@ -4,8 +4,8 @@
     tools/export_policy.py CHECKPOINT OUTPUT --for-rollouts       then: pretrain_sip.py --rollout-engine vllm ...
     tools/export_policy.py CHECKPOINT OUTPUT --for-rollouts --cpu --weight-transfer gloo       on this machine's CPUs
 
-CHECKPOINT is what --save was, or what tools/convert_checkpoint.py to-megatron made. A policy that was trained from
-scratch with a SentencePiece tokenizer has no tokenizer of transformers': it is served by token ids
+CHECKPOINT is what --save was, or what tools/convert_checkpoint.py to-megatron made. A tokenizer of transformers' goes
+along. A policy that was trained from scratch with a SentencePiece tokenizer has none: it is served by token ids
 (--skip-tokenizer-init).
 """
 
@@ -110,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
     except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if not converted.has_tokenizer:
+        print("# no tokenizer goes along: ask by token ids, or name its model directory by --like", file=sys.stderr)
     print(serve_command(converted, options))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from megatron_sip.checkpoint.huggingface import to_megatron
 from tests.interop.claims import ROWS
-from tests.interop.models import save_model
+from tests.interop.models import TEXT, save_model
+from tests.ranks import run_ranks
 from tools.export_policy import main
 
 
@@ -62,6 +64,25 @@ def test_for_rollouts_it_opens_what_weights_come_through_and_may_untie_the_outpu
     assert (config["tie_word_embeddings"], config["vocab_size"]) == (False, expected.shape[-1])
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_tokenizer_of_a_run_goes_along_from_beside_its_checkpoints(
+    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    root, expected = checkpoint
+    run_ranks(2, "tests.interop.claims:carry", {"tokenizer": str(root / "huggingface"), "save": str(tmp_path / "run")})
+    shutil.copytree(root / "release", tmp_path / "run/iter_0000003")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("3\n")
+    assert main([str(tmp_path / "run"), str(tmp_path / "policy")]) == 0
+    printed = capsys.readouterr()
+    assert "--skip-tokenizer-init" not in printed.out and printed.err == ""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "policy")
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     with torch.no_grad():
         torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
 

@@ -113,6 +113,22 @@ def test_a_restarted_server_gets_the_weights_again_and_is_asked_again(server: Pl
     assert len(server.asked("/collective_rpc")) == 2
 
 
+def test_a_lone_request_outlives_its_attempts_while_the_server_is_restarted(
+    server: PlayedServer, tmp_path: Path
+) -> None:
+    """One request opens no circuit breaker before its attempts are used up."""
+
+    def back_with_other_weights(body: Any) -> Any:
+        server.version = "default"
+        return {"choices": []}
+
+    ordinary = [lambda body: server._generate(body)[1], 400]
+    server.script["/inference/v1/generate"] = [*ordinary, 500, 500, 500, back_with_other_weights]
+    [report] = play(server, tmp_path, [7, "generate"], rollout_max_attempts=2)
+    assert [one["version"] for one in report["rollouts"][0]] == [7, 7, 7]
+    assert len(server.asked("/collective_rpc")) == 2  # the second after its restart
+
+
 def test_weights_that_change_within_a_rollout_are_not_taken_for_one_version(
     server: PlayedServer, tmp_path: Path
 ) -> None:
@@ -138,7 +154,7 @@ def test_transient_failures_are_retried(server: PlayedServer, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("path", "answers", "message"),
     [
-        ("/inference/v1/generate", [500, 500], "no answer after all attempts: server: HTTP 500 EngineCore encountered"),
+        ("/inference/v1/generate", [500] * 20, "no answer after all attempts: server: HTTP 500 EngineCore encountered"),
         ("/inference/v1/generate", [lambda s: {"choices": [choice(0, 3, s.version)] * 3}], "after 3 of 6 tokens"),
         ("/inference/v1/generate", [lambda s: {"choices": [choice(0, 6, s.version)] * 2}], "2 continuations for 3"),
         ("/inference/v1/generate", [lambda s: {"choices": [choice(60, 6, s.version)] * 3}], "sampled token 70 of 61"),
@@ -156,7 +172,8 @@ def test_failures_are_one_clear_line_on_every_rank(
         *(one if isinstance(one, int) else lambda _, one=one: one(server) for one in answers),
     ]
     with pytest.raises(RankFailure, match=message) as raised:
-        play(server, tmp_path, [0, "generate"], rollout_max_attempts=2, rollout_sync_timeout_s=2.9)
+        limits = {"rollout_max_attempts": 2, "rollout_sync_timeout_s": 2.9, "rollout_give_up_s": 1.0}
+        play(server, tmp_path, [0, "generate"], **limits)
     assert "RolloutError" in str(raised.value)
 
 

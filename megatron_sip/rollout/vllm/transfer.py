@@ -132,7 +132,11 @@ def none_took_it(problems: Mapping[str, str], deadline: float) -> bool:
     """Whether to wait for a server: there is none, and time is left."""
     waits = "" not in problems.values() and time.monotonic() + WAIT_S < deadline
     if waits:
-        logger.warning("waiting for a rollout server: %s", next(iter(problems.values())))
+        left_s = deadline - time.monotonic()
+        problem = next(iter(problems.values()))
+        logger.warning(
+            "waiting for a rollout server, for %.0f s at most (--rollout-sync-timeout-s): %s", left_s, problem
+        )
     return waits
 
 
