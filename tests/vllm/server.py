@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 START_S = 260.0
+_PR_SET_PDEATHSIG = 1
 PYTHON_VARIABLE = "VLLM_PYTHON"
 """Names the interpreter of the environment that has vLLM; the tests are skipped without it."""
 OFFLINE = {
@@ -47,6 +49,17 @@ class VllmServer:
         """SIGKILL to all of its processes."""
         os.killpg(self.processes[0].pid, signal.SIGKILL)
         self.processes[0].wait(30)
+
+    def stop_workers(self) -> None:
+        """SIGSTOP to those that hold the weights: what they are told stays under way."""
+        stopped = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                title = (folder / "cmdline").read_bytes()
+                if title.startswith(b"VLLM::Worker") and os.getpgid(int(folder.name)) == self.processes[0].pid:
+                    os.kill(int(folder.name), signal.SIGSTOP)
+                    stopped += 1
+        assert stopped, f"{self.root} has no process of the name VLLM::Worker"
 
     @property
     def url(self) -> str:
@@ -85,6 +98,14 @@ def printed_server(line: str, python: str, model: Path, port: int, log: Path) ->
         yield server
 
 
+def end_with_parent() -> None:
+    """Asks the kernel to end this process when the one that started it ends, however that comes about.
+
+    To be called between fork and exec. vLLM's own processes end when the first of them does.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -101,6 +122,7 @@ def _running(command: Sequence[str], environment: Mapping[str, str], server: Vll
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         server.processes.append(process)
         try:
