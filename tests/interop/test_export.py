@@ -117,8 +117,29 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
         ([str(tmp_path / "nothing")], "holds no checkpoint"),
         ([str(root), "--vocab-rows", "500"], "--vocab-rows 500: the checkpoint has"),
         ([str(root), "--step", "7"], "7"),
+        ([str(root), "--tensor-parallel-size", "3"], "vLLM cannot split 4 heads and 2 key-value heads so"),
     ):
         assert main([arguments[0], str(tmp_path / "policy"), *arguments[1:]]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "70000"], "--port 70000: give a number from 1 to 65535"),
+        (["--max-shard-gib", "0"], "0 is not above 0"),
+        (["--weight-transfer", "gloo", "--cpu"], "has no use without --for-rollouts"),
+        (["--for-rollouts", "--weight-transfer", "gloo"], "add --cpu"),
+        (["--for-rollouts", "--weight-transfer", "nccl", "--cpu"], "with --cpu give gloo or files"),
+    ],
+)
+def test_a_line_that_could_not_serve_is_refused_before_the_export(
+    flags: list[str], message: str, checkpoint: tuple[Path, torch.Tensor], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as raised:
+        main([str(checkpoint[0]), str(tmp_path / "policy"), *flags])
+    assert raised.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

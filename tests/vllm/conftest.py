@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.timeout(900))  # a test may start two servers, each of which may take START_S
             if not os.environ.get(PYTHON_VARIABLE):
                 item.add_marker(skip)
 
