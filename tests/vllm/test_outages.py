@@ -23,7 +23,7 @@ from tests.vllm.training import Home, free_port
 def check(steps: Sequence[dict[str, Any]], number: int) -> None:
     """All steps were done, with rollouts of the weights before each."""
     assert [step["step"] for step in steps] == list(range(1, number + 1))
-    assert [step["policy/staleness_steps"] for step in steps] == [0] * number
+    assert [step["policy/staleness_versions"] for step in steps] == [0] * number
     assert all(step["rollout/logprob_diff_max"] < SAME for step in steps)
 
 

@@ -24,10 +24,10 @@ def test_rollouts_of_a_training_are_of_the_weights_before_their_step_and_scored_
     for transfer in ("files", "gloo"):
         run = trained.run(tmp_path / transfer, [rollout_server.root], train_iters=4, rollout_weight_transfer=transfer)
         steps = run.end(200)
-        print(transfer, [(step["policy/staleness_steps"], step["rollout/logprob_diff_max"]) for step in steps])
+        print(transfer, [(step["policy/staleness_versions"], step["rollout/logprob_diff_max"]) for step in steps])
         assert [step["step"] for step in steps] == [1, 2, 3, 4]
         for step in steps:
-            assert step["policy/staleness_steps"] == 0
+            assert step["policy/staleness_versions"] == 0
             assert step["rollout/logprob_diff_max"] < SAME
 
 
@@ -39,23 +39,23 @@ def test_weights_of_every_second_step_are_one_step_old_in_between(
     steps = trained.run(tmp_path / "run", [rollout_server.root], **options).end(200)
     differences = [step["rollout/logprob_diff_max"] for step in steps]
     print(transfer, differences)
-    assert [step["policy/staleness_steps"] for step in steps] == [0, 1, 0, 1, 0, 1]
+    assert [step["policy/staleness_versions"] for step in steps] == [0, 1, 0, 1, 0, 1]
     assert max(differences[::2]) < SAME < min(differences[1::2])  # what the tag says is true
 
 
 def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(
     trained: Home, rollout_server: VllmServer, tmp_path: Path
 ) -> None:
-    common = {"train_iters": 6, "save_interval": 3}
-    whole = trained.run(tmp_path / "whole", [rollout_server.root], save=str(tmp_path / "saved"), **common).end(200)
+    saving = {"save": str(tmp_path / "saved"), "save_interval": 3}
+    whole = trained.run(tmp_path / "whole", [rollout_server.root], train_iters=6, **saving).end(200)
     (tmp_path / "half").mkdir()
     shutil.copytree(tmp_path / "saved/iter_0000003", tmp_path / "half/iter_0000003")
     (tmp_path / "half/latest_checkpointed_iteration.txt").write_text("3\n")
-    half = {"load": str(tmp_path / "half"), "pretrained_checkpoint": None, **common}
+    half = {"load": str(tmp_path / "half"), "pretrained_checkpoint": None, "train_iters": 6}
     resumed = trained.run(tmp_path / "resumed", [rollout_server.root], **half).end(200)
     assert [step["step"] for step in resumed] == [4, 5, 6]
     for before, after in zip(whole[3:], resumed, strict=True):
-        assert after["policy/staleness_steps"] == 0 and after["rollout/logprob_diff_max"] < SAME
+        assert after["policy/staleness_versions"] == 0 and after["rollout/logprob_diff_max"] < SAME
         losses = [name for name in before if "loss" in name]
         print(after["step"], {name: (before[name], after[name]) for name in losses})
         assert losses
@@ -64,4 +64,4 @@ def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(
             assert after[name] == pytest.approx(before[name], rel=1e-4, abs=1e-5), name
     # It hands over its weights at once: with an interval of 2 its fourth step is fresh, where the whole run's is not.
     stale = trained.run(tmp_path / "stale", [rollout_server.root], rollout_sync_interval=2, **half).end(200)
-    assert [step["policy/staleness_steps"] for step in stale] == [0, 1, 0]
+    assert [step["policy/staleness_versions"] for step in stale] == [0, 1, 0]
