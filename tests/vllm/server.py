@@ -7,16 +7,26 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 START_S = 260.0
 _PR_SET_PDEATHSIG = 1
+_GUARD = """
+import os, signal, subprocess, sys
+signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGKILL))
+signal.signal(signal.SIGTERM, lambda *_: None)
+sys.exit(subprocess.call(sys.argv[1:]))
+"""
+"""Leads the session of a server, and kills all of it when the tests' process is gone: a vLLM that is starting does not
+heed SIGTERM, and its engine outlives it."""
 PYTHON_VARIABLE = "VLLM_PYTHON"
 """Names the interpreter of the environment that has vLLM; the tests are skipped without it."""
 OFFLINE = {
@@ -98,12 +108,12 @@ def printed_server(line: str, python: str, model: Path, port: int, log: Path) ->
         yield server
 
 
-def end_with_parent() -> None:
-    """Asks the kernel to end this process when the one that started it ends, however that comes about.
+def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+    """Asks the kernel for a signal when the process that started this one ends, however that comes about.
 
-    To be called between fork and exec. vLLM's own processes end when the first of them does.
+    To be called between fork and exec.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
 
 
 def free_port() -> int:
@@ -117,12 +127,12 @@ def _running(command: Sequence[str], environment: Mapping[str, str], server: Vll
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with server.log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", _GUARD, *command],
             env={**inherited, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=partial(end_with_parent, signal.SIGUSR1),
         )
         server.processes.append(process)
         try:

@@ -7,7 +7,7 @@ its workers receive weights. Does not cover servers of several hosts.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,33 @@ from tests.vllm.between import Between
 from tests.vllm.server import VllmServer
 from tests.vllm.test_training import SAME
 from tests.vllm.training import Home, free_port
+
+
+class Relay:
+    """One URL, behind which one server takes the place of another."""
+
+    def __init__(self, trained: Home, folder: Path) -> None:
+        self._trained, self._folder, self._servers = trained, folder, ExitStack()
+        self.between = Between("")
+        self.start()
+
+    def start(self) -> None:
+        """The next server."""
+        number = len(list(self._folder.glob("*.log")))
+        started = self._trained.server(free_port(), self._folder / f"server-{number}.log")
+        self.server = self._servers.enter_context(started)
+        self.between.target = self.server.root
+
+    def close(self) -> None:
+        self.between.close()
+        self._servers.close()
+
+
+@pytest.fixture(scope="module")
+def relay(trained: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    made = Relay(trained, tmp_path_factory.mktemp("relay"))
+    yield made
+    made.close()
 
 
 def check(steps: Sequence[dict[str, Any]], number: int) -> None:
@@ -48,45 +75,36 @@ def test_one_of_two_servers_that_ends_in_mid_run_is_done_without(
     assert "left behind at version" in run.log and other.root in run.log
 
 
-def test_a_run_outlives_a_server_that_is_killed_and_started_anew(trained: Home, tmp_path: Path) -> None:
-    port = free_port()
-    with trained.server(port, tmp_path / "first.log") as server:
-        run = trained.run(tmp_path / "killed", [server.root], train_iters=12)
-        run.wait_for_steps(2)
-        server.kill()
+def test_a_run_outlives_a_server_that_is_killed_and_started_anew(trained: Home, relay: Relay, tmp_path: Path) -> None:
+    run = trained.run(tmp_path / "killed", [relay.between.url], train_iters=12)
+    run.wait_for_steps(2)
+    relay.server.kill()
     assert len(run.steps()) < 12, "the run was over before the server was killed"
-    with trained.server(port, tmp_path / "second.log"):
-        steps = run.end(200)
-    check(steps, 12)
+    relay.start()
+    check(run.end(200), 12)
 
 
 @pytest.mark.parametrize(("transfer", "call"), [("files", "/collective_rpc"), ("gloo", "/update_weights")])
 def test_a_run_outlives_a_server_that_is_killed_while_it_receives_weights(
-    trained: Home, tmp_path: Path, transfer: str, call: str
+    trained: Home, relay: Relay, tmp_path: Path, transfer: str, call: str
 ) -> None:
-    weights = tmp_path / "weights"
+    weights, killed, first = tmp_path / "weights", threading.Event(), relay.server
     weights.mkdir()
-    with ExitStack() as stack:
-        first = stack.enter_context(trained.server(free_port(), tmp_path / "first.log"))
-        between = Between(first.root)
-        stack.callback(between.close)
-        killed = threading.Event()
 
-        def kill() -> None:
-            first.kill()
-            killed.set()
+    def kill() -> None:
+        first.kill()
+        killed.set()
 
-        def stop_and_kill() -> None:
-            first.stop_workers()  # the call stays under way until they are killed
-            threading.Timer(1.0, kill).start()
+    def stop_and_kill() -> None:
+        first.stop_workers()  # the call stays under way until they are killed
+        threading.Timer(1.0, kill).start()
 
-        between.plan(call, 3, stop_and_kill)
-        options = {"rollout_weight_transfer": transfer, "rollout_weights_folder": str(weights)}
-        run = trained.run(tmp_path / "run", [between.url], train_iters=5, **options)
-        run.wait_for_steps(1)
-        assert killed.wait(60), run.log
-        second = stack.enter_context(trained.server(free_port(), tmp_path / "second.log"))
-        between.target = second.root
-        check(run.end(200), 5)
+    relay.between.plan(call, 3, stop_and_kill)
+    options = {"rollout_weight_transfer": transfer, "rollout_weights_folder": str(weights)}
+    run = trained.run(tmp_path / "run", [relay.between.url], train_iters=5, **options)
+    run.wait_for_steps(1)
+    assert killed.wait(60), run.log
+    relay.start()
+    check(run.end(200), 5)
     assert "waiting for a rollout server" in run.log
     assert list(weights.iterdir()) == []
