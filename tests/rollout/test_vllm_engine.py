@@ -244,6 +244,37 @@ def test_one_of_two_servers_that_is_not_there_is_left_behind_and_looked_at_when_
     assert report["rollouts"][0][0]["version"] == 1
 
 
+@pytest.mark.parametrize("transfer", ["files", "gloo"])
+def test_a_server_that_is_left_half_updated_is_not_asked_until_it_is_back(
+    server: PlayedServer, tmp_path: Path, transfer: str
+) -> None:
+    """It stays paused: each of its rollouts would wait for --rollout-request-timeout-s."""
+    other = PlayedServer()
+
+    def after_a_restart(_: Any) -> Any:
+        other.version = "default"
+        return {"weight_version": "default"}
+
+    if transfer == "gloo":  # which leaves the old weights whole, so that the next transfer finds it well
+        other.losses = 1
+    else:
+        other.script["/collective_rpc"] = [500]
+        other.script["/weight_info"] = [lambda _: {"weight_version": "default"}, after_a_restart]
+    for played in (server, other):
+        played.info["weight_transfer_config"] = {"backend": "gloo"}
+    options = {"rollout_weight_transfer": transfer}
+    payload = {"urls": [other.url, server.url], "folder": str(tmp_path), "options": options, "sizes": {}}
+    payload["acts"] = [0, "generate", "next step", "warm", 1, "generate", "next step"]
+    try:
+        [report] = run_ranks(1, "tests.rollout.vllm_claims:play", payload)
+    finally:
+        other.close()
+    probes = 2  # of the vocabulary
+    assert len(server.asked("/inference/v1/generate")) + len(other.asked("/inference/v1/generate")) == 2 * probes + 5
+    assert len(server.asked("/inference/v1/generate")) == probes + 3 + 1
+    assert [group[0]["version"] for group in report["rollouts"]] == [0, 0, 0, 1, 1]
+
+
 def test_a_server_that_is_not_there_a_full_disk_and_a_long_prefix(server: PlayedServer, tmp_path: Path) -> None:
     server.longest = len(PREFIX) + 5
     with pytest.raises(RankFailure, match="more than the 8 of a rollout server: start it with --max-model-len 9"):

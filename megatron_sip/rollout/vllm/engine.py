@@ -141,12 +141,14 @@ class VllmEngine:
     def _hand_over(self) -> None:
         self._check_servers()  # those that are new, or were not there before
         self._weights.complete()
-        problem = ""
+        own: tuple[str, Sequence[str]] = ("", ())
         if self._context.dp_rank == 0:
-            problem = self._transfer.hand_over(self._name(self._current))
-        problem = self._context.broadcast_from_rank_zero(problem)
+            own = (self._transfer.hand_over(self._name(self._current)), self._transfer.left_behind)
+        problem, left_behind = self._context.broadcast_from_rank_zero(own)
         if problem:
             raise RolloutError(problem)
+        if self._servers is not None:
+            self._servers.leave_out(left_behind)
         self._version = self._current
 
     def _name(self, version: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 
 from megatron_sip.errors import RolloutError
 from megatron_sip.rollout.vllm.config import VllmOptions
-from megatron_sip.rollout.vllm.control import CONNECT_S, START, Unreachable
+from megatron_sip.rollout.vllm.control import CONNECT_S, START, Unreachable, look_once
 from megatron_sip.rollout.vllm.fitting import GENERATE, Needs, check_server
 from megatron_sip.teacher.http.client import ClientSettings, HttpClient
 from megatron_sip.teacher.http.endpoints import State
@@ -80,6 +81,7 @@ class VllmServers:
         self._thread.start()
         self._longest: dict[str, int] = {}
         """Of the servers that were found to fit."""
+        self._left_out: frozenset[str] = frozenset()
 
     @property
     def longest(self) -> int:
@@ -98,6 +100,11 @@ class VllmServers:
 
         return self._start(ask_all()).result()
 
+    def leave_out(self, urls: Collection[str]) -> None:
+        """Asks these no more, until the next call of this: one that was left half updated would never answer."""
+        self._left_out = frozenset(urls)
+        self._client.leave_out(urls)
+
     def check(self, needs: Needs) -> None:
         """Finds what would make answers wrong or transfers impossible, on every server that was not looked at yet.
 
@@ -106,6 +113,8 @@ class VllmServers:
 
         async def look(url: str, session: aiohttp.ClientSession) -> int | Unreachable:
             try:
+                if url in self._left_out:
+                    await look_once(session, url)
                 return await check_server(url, session, needs)
             except Unreachable as error:
                 return error
@@ -136,7 +145,7 @@ class VllmServers:
         self._loop.close()
 
     async def _say_when_none_is_left(self) -> None:
-        while any(endpoint.state is State.CLOSED for endpoint in self._client.endpoints):
+        while any(e.state is State.CLOSED and e.rest_until < math.inf for e in self._client.endpoints):
             await asyncio.sleep(_WATCH_S)
         logger.warning(
             "no rollout server answers (%s): trying again until one does, for %g s at most (--rollout-give-up-s)",
