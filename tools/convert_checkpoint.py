@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY, DTYPE_NAMES, RECIPE
-from megatron_sip.errors import SIPError
+from megatron_sip.errors import ConfigurationError, SIPError
 from tools._help import HelpFormatter
 
 if TYPE_CHECKING:
@@ -49,6 +49,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     """That of all conversions."""
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="keep", help="type of the weights [keep]")
@@ -59,29 +67,30 @@ def add_export_options(parser: argparse.ArgumentParser, rows: str) -> None:
     parser.add_argument("--step", type=int, help="step to convert [the latest]")
     parser.add_argument(
         "--like", type=Path,
-        help="model directory that training started from: its config.json and tokenizer go along [what to-megatron put "
-        f"into {CARRIED_DIRECTORY}/ beside the weights]",
+        help="model directory that training started from: its config.json and tokenizer go along [what to-megatron "
+        f"or the run put into {CARRIED_DIRECTORY}/ beside the weights]",
     )  # fmt: skip
     parser.add_argument("--vocab-rows", type=int, help=f"rows of the embedding [{rows}]")
     parser.add_argument(
         "--untie", action="store_true",
         help="write a tied output layer as a tensor of its own: vLLM on CPU would not take new weights into a tied one",
     )  # fmt: skip
-    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of one file [5]")
+    parser.add_argument("--max-shard-gib", type=positive, default=5.0, help="size of one file [5]")
 
 
 def convert(options: argparse.Namespace) -> None:
     """Runs the command and prints what to do with its output."""
+    text = "" if options.verify is None else read_text(options.verify)
     if options.command == "to-megatron":
         from megatron_sip.checkpoint.huggingface.convert import recipe, to_megatron
 
-        check = None if options.verify is None else lambda partial: compare(options.source, partial, options.verify)
+        check = None if options.verify is None else lambda partial: compare(options.source, partial, text)
         converted = to_megatron(options.source, options.output, options.dtype, check)
         print(f"# wrote {options.output}; the same is in {RECIPE} there:\n{recipe(converted)}", end="")
         return
     check = None
     if options.verify is not None:
-        check = lambda partial: compare(partial, options.source, options.verify, options.step)  # noqa: E731
+        check = lambda partial: compare(partial, options.source, text, options.step)  # noqa: E731
     export(options.source, options, check)
     print(f"wrote {options.output}")
 
@@ -103,11 +112,19 @@ def export(source: Path, options: argparse.Namespace, check: Check | None = None
     )
 
 
-def compare(model: Path, checkpoint: Path, text: Path, step: int | None = None) -> None:
+def read_text(file: Path) -> str:
+    """Before anything is converted. Raises ConfigurationError."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--verify {file} is no text in UTF-8 ({error}): name another file.") from error
+
+
+def compare(model: Path, checkpoint: Path, text: str, step: int | None = None) -> None:
     """Prints how far the logits are apart; raises if that is too far."""
     from megatron_sip.checkpoint.huggingface.verify import verify
 
-    print(f"# {verify(model, checkpoint, text.read_text(encoding='utf-8'), step=step)}", file=sys.stderr)
+    print(f"# {verify(model, checkpoint, text, step=step)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,8 +4,8 @@
     tools/export_policy.py CHECKPOINT OUTPUT --for-rollouts       then: pretrain_sip.py --rollout-engine vllm ...
     tools/export_policy.py CHECKPOINT OUTPUT --for-rollouts --cpu --weight-transfer gloo       on this machine's CPUs
 
-CHECKPOINT is what --save was, or what tools/convert_checkpoint.py to-megatron made. A policy that was trained from
-scratch with a SentencePiece tokenizer has no tokenizer of transformers': it is served by token ids
+CHECKPOINT is what --save was, or what tools/convert_checkpoint.py to-megatron made. A tokenizer of transformers' goes
+along. A policy that was trained from scratch with a SentencePiece tokenizer has none: it is served by token ids
 (--skip-tokenizer-init).
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.errors import SIPError
+from megatron_sip.errors import ConfigurationError, SIPError
 from tools._help import HelpFormatter
 from tools.convert_checkpoint import add_dtype_option, add_export_options, export
 
@@ -55,7 +55,29 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of the server [1]")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at [8000]")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not 1 <= options.port <= 65535:
+        parser.error(f"--port {options.port}: give a number from 1 to 65535")
+    if options.weight_transfer != "files" and not options.for_rollouts:
+        parser.error(f"--weight-transfer {options.weight_transfer} has no use without --for-rollouts: add that")
+    if options.weight_transfer == "nccl" and options.cpu:
+        parser.error("--weight-transfer nccl is between GPUs: with --cpu give gloo or files")
+    if options.weight_transfer == "gloo" and not options.cpu:
+        parser.error("--weight-transfer gloo is for servers on CPU: add --cpu, or give nccl or files")
+    return options
+
+
+def check_tensor_parallel(model: Path, size: int) -> None:
+    """Whether vLLM can split the model so. Raises ConfigurationError."""
+    from megatron_sip.huggingface.config_json import CONFIG, architecture_of, read_config
+
+    architecture = architecture_of(read_config(model), model / CONFIG)
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    if size < 1 or heads % size or (groups % size and size % groups):
+        raise ConfigurationError(
+            f"--tensor-parallel-size {size}: vLLM cannot split {heads} heads and {groups} key-value heads so; give a "
+            f"divisor of {heads}"
+        )
 
 
 def serve_command(converted: Converted, options: argparse.Namespace) -> str:
@@ -106,10 +128,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         options.vocab_rows = options.vocab_rows or 0
         options.untie = options.untie or (options.cpu and options.for_rollouts)
-        converted = export(options.checkpoint, options)
+        converted = export(
+            options.checkpoint, options, lambda partial: check_tensor_parallel(partial, options.tensor_parallel_size)
+        )
     except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if not converted.has_tokenizer:
+        print("# no tokenizer goes along: ask by token ids, or name its model directory by --like", file=sys.stderr)
     print(serve_command(converted, options))
     return 0
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import http.client
 import importlib.util
 import json
 import os
 import sys
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +38,11 @@ if TYPE_CHECKING:
 
 
 _UNUSED = ["--train-iters", "1", "--data-path", "unused", "--eval-iters", "0", "--curriculum", "ntp:1"]
-"""What a run needs and this does not: corpora and a judge are not looked at."""
+_UNUSED += ["--seq-length", "2", "--suffix-length", "1", "--min-prefix-length", "1"]
+"""What a run needs and this does not: corpora and a judge are not looked at, and sequences are as long as the model."""
+
+_LONGEST = 2048
+"""Tokens of a sequence, for a server that does not say."""
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig | None]:
@@ -54,9 +60,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig | None]:
     server.add_argument("--endpoint", help="its URL, http://HOST:PORT")
     server.add_argument("--served-model-name", help="name to ask it for")
     server.add_argument("--tokenizer", help="model directory with the policy's tokenizer")
-    server.add_argument("--max-length", type=int, default=2048, help="its longest sequence [2048]")
+    server.add_argument("--max-length", type=int, help="longest sequence to ask for, in tokens [the server's]")
     server.add_argument("--concurrent", type=int, default=16, help="requests at once [16]")
     own, rest = parser.parse_known_args(argv)
+    _check_own(own)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigurationError("lm-evaluation-harness is not installed: pip install 'megatron-sip[lm-eval]'")
     if own.endpoint is not None:
@@ -68,6 +75,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig | None]:
     if config.checkpoint.load is None and config.checkpoint.pretrained_checkpoint is None:
         raise ConfigurationError("name the checkpoint: --load DIR, or --pretrained-checkpoint DIR")
     return own, config
+
+
+def _check_own(own: argparse.Namespace) -> None:
+    """What would end in a traceback, or after hours. Raises ConfigurationError."""
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_tokens", 1), ("max_length", 2), ("concurrent", 1)):
+        value = getattr(own, name)
+        if value is not None and value < least:
+            raise ConfigurationError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
+    if own.include_path is not None and not Path(own.include_path).is_dir():
+        raise ConfigurationError(f"--include-path {own.include_path} is no folder: correct the path")
+    if own.output is not None and not own.output.resolve().parent.is_dir():
+        raise ConfigurationError(f"--output {own.output}: there is no folder {own.output.parent}: make it first")
 
 
 def task_options(own: argparse.Namespace) -> TaskOptions:
@@ -92,8 +111,40 @@ def score_checkpoint(own: argparse.Namespace, config: TrainConfig, context: Para
     return run_tasks(model, task_options(own))
 
 
+def check_server(own: argparse.Namespace) -> int:
+    """Tokens of the longest sequence to ask for. Raises ConfigurationError: no such server, model or tokenizer."""
+    from transformers import AutoTokenizer
+
+    url = f"{own.endpoint.rstrip('/')}/v1/models"
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as response:
+            served = {str(model["id"]): model for model in json.load(response)["data"]}
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"--endpoint {own.endpoint} does not list its models ({error}): start the server, or correct the URL "
+            "(http://HOST:PORT, without /v1)"
+        ) from error
+    if own.served_model_name not in served:
+        raise ConfigurationError(
+            f"--endpoint {own.endpoint} serves {', '.join(served) or 'nothing'}, not {own.served_model_name}: correct "
+            "--served-model-name"
+        )
+    try:
+        AutoTokenizer.from_pretrained(own.tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigurationError(
+            f"--tokenizer {own.tokenizer} has none that transformers can load: {reason}"
+        ) from error
+    longest = int(served[own.served_model_name].get("max_model_len") or own.max_length or _LONGEST)
+    if own.max_length is not None and own.max_length > longest:
+        raise ConfigurationError(f"--max-length {own.max_length}: the server's longest sequence has {longest} tokens")
+    return int(own.max_length or longest)
+
+
 def score_server(own: argparse.Namespace) -> dict[str, Any]:
     """Results by task."""
+    longest = check_server(own)
     arguments = {
         "model": own.served_model_name,
         "base_url": f"{own.endpoint.rstrip('/')}/v1/completions",
@@ -101,7 +152,7 @@ def score_server(own: argparse.Namespace) -> dict[str, Any]:
         "tokenizer_backend": "huggingface",
         "tokenized_requests": True,
         "num_concurrent": own.concurrent,
-        "max_length": own.max_length,
+        "max_length": longest,
     }
     return run_tasks("local-completions", task_options(own), arguments)
 

@@ -58,7 +58,7 @@ def architecture_of(config: Mapping[str, Any], where: Path) -> Architecture:
 
     Raises:
         ConfigurationError: of another family, or with a feature that the policy has not; names it and what is possible.
-        CheckpointError: a number is missing.
+        CheckpointError: a number is missing, or none.
     """
     family = config.get("model_type")
     if family not in _FAMILIES:
@@ -90,6 +90,8 @@ def architecture_of(config: Mapping[str, Any], where: Path) -> Architecture:
         )
     except KeyError as error:
         raise CheckpointError(f"{where}: {error.args[0]} is missing.") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: a number of it is none ({error}): correct the file.") from error
 
 
 def config_of(

@@ -48,6 +48,7 @@ from megatron_sip.train.teacher_start import start_process
 from megatron_sip.train.trainer import Schedule, Trainer
 from megatron_sip.train.validation import Validation
 from megatron_sip.train.verdicts import PauseRule, VerdictDesk
+from megatron_sip.train.weights import carry_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,7 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
     if context.rank == 0 and config.observability.run_dir is not None:
         _write_run_info(config, context, tokenizer.vocab_size)
     checkpoints = CheckpointManager(config.checkpoint, context, policy.identity)
+    carry_tokenizer(config.checkpoint, config.tokenizer, context)
     stack.callback(checkpoints.close)
     return _Parts(
         policy=policy,

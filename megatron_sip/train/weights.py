@@ -9,11 +9,13 @@ from typing import Any
 
 from megatron_sip.checkpoint import CheckpointConfig, CheckpointManager, ModelIdentity, identity_of
 from megatron_sip.checkpoint.huggingface.megatron_side import open_checkpoint
+from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.errors import CheckpointError
+from megatron_sip.huggingface.vocabulary import carry
 from megatron_sip.model import ModelConfig, PolicyModel, build_model
 from megatron_sip.model.presets import Architecture
-from megatron_sip.tokenizer import Tokenizer
+from megatron_sip.tokenizer import Tokenizer, TokenizerConfig
 
 
 def load_weights(
@@ -35,6 +37,27 @@ def load_weights(
     assert loaded is not None
     for name, chunk in zip(names, chunks, strict=True):
         chunk.load_state_dict(loaded.state[name], strict=True)
+
+
+def carry_tokenizer(checkpoints: CheckpointConfig, tokenizer: TokenizerConfig, context: ParallelContext) -> None:
+    """Puts a tokenizer of transformers beside the checkpoints, for tools/export_policy.py. Collective.
+
+    Raises:
+        CheckpointError: it cannot be written; on all ranks.
+    """
+    if checkpoints.save is None or tokenizer.tokenizer_type != "HuggingFaceTokenizer":
+        return
+    source, target = Path(tokenizer.tokenizer_model or ""), Path(checkpoints.save) / CARRIED_DIRECTORY
+    problem = ""
+    if context.rank == 0 and source.is_dir() and source.resolve() != target.resolve():
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            carry(source, target)
+        except OSError as error:
+            problem = f"the tokenizer cannot be put into {target}: {error.strerror}; correct --save."
+    problem = context.broadcast_from_rank_zero(problem)
+    if problem:
+        raise CheckpointError(problem)
 
 
 def open_model(directory: str, tokenizer: Tokenizer, context: ParallelContext) -> tuple[list[PolicyModel], str]:

@@ -17,8 +17,16 @@ from megatron_sip.huggingface.config_json import architecture_of, read_config
 from megatron_sip.model import ModelConfig, PolicyModel, build_model
 from megatron_sip.rollout.vllm.weights import StageWeights
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
+from megatron_sip.train.weights import carry_tokenizer
 
 ROWS = torch.tensor([[7, 200, 31, 4, 99, 256, 0, 5, 5, 61, 150, 3], [1, 2, 3, 4, 250, 6, 7, 8, 9, 10, 11, 12]])
+
+
+def carry(payload: dict[str, Any]) -> None:
+    """What a run does at its start."""
+    context = initialize(ParallelConfig(), seed=3)
+    tokenizer = TokenizerConfig("HuggingFaceTokenizer", payload["tokenizer"])
+    carry_tokenizer(CheckpointConfig(save=payload["save"]), tokenizer, context)
 
 
 def load_recipe(root: Path, context: ParallelContext) -> tuple[list[PolicyModel], Any, Any]:

@@ -22,6 +22,7 @@ from megatron_sip.model import PRESETS, ModelConfig
 from tests.interop.claims import ROWS
 from tests.interop.models import save_model
 from tests.ranks import run_ranks
+from tools.convert_checkpoint import main
 
 KINDS = ("llama2", "llama31", "qwen2", "qwen3")
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -188,6 +189,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "biases": (_edit("config.json", attention_bias=True), "attention_bias is True; only False"),
     "rope": (_edit("config.json", rope_parameters={"rope_type": "yarn"}), "RoPE scaling of type 'yarn'"),
     "vocabulary": (_other_tokenizer, r"embed_tokens.weight is \[283, 32\] and not \[200, 32\]"),
+    "no number": (_edit("config.json", hidden_size="wide"), "config.json: a number of it is none .*'wide'"),
+    "broken tokenizer": (lambda model: (model / "tokenizer.json").write_text("{") and None, "cannot load it"),
     "no config": (lambda model: (model / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda model: [p.unlink() for p in model.glob("model*")] and None, "has neither"),
 }
@@ -204,6 +207,18 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(
         to_megatron(tmp_path / "model", tmp_path / "out")
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_text_to_verify_on_that_is_none_is_refused_before_the_conversion(
+    models: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x90")
+    for name in ("binary", "nothing"):
+        command = ["to-megatron", str(models[0] / "llama2"), str(tmp_path / "out"), "--verify", str(tmp_path / name)]
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"--verify {tmp_path / name} is no text in UTF-8" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["binary"]
 
 
 def test_a_tokenizer_larger_than_the_embedding_or_of_another_model_is_refused(

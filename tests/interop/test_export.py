@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from megatron_sip.checkpoint.huggingface import to_megatron
 from tests.interop.claims import ROWS
-from tests.interop.models import save_model
+from tests.interop.models import TEXT, save_model
+from tests.ranks import run_ranks
 from tools.export_policy import main
 
 
@@ -66,6 +68,25 @@ def test_for_rollouts_it_opens_what_weights_come_through_and_may_untie_the_outpu
         torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_tokenizer_of_a_run_goes_along_from_beside_its_checkpoints(
+    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    root, expected = checkpoint
+    run_ranks(2, "tests.interop.claims:carry", {"tokenizer": str(root / "huggingface"), "save": str(tmp_path / "run")})
+    shutil.copytree(root / "release", tmp_path / "run/iter_0000003")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("3\n")
+    assert main([str(tmp_path / "run"), str(tmp_path / "policy")]) == 0
+    printed = capsys.readouterr()
+    assert "--skip-tokenizer-init" not in printed.out and printed.err == ""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "policy")
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_on_cpu_it_prints_the_module_form_and_the_transfer_that_the_server_is_for(
     checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,8 +117,29 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
         ([str(tmp_path / "nothing")], "holds no checkpoint"),
         ([str(root), "--vocab-rows", "500"], "--vocab-rows 500: the checkpoint has"),
         ([str(root), "--step", "7"], "7"),
+        ([str(root), "--tensor-parallel-size", "3"], "vLLM cannot split 4 heads and 2 key-value heads so"),
     ):
         assert main([arguments[0], str(tmp_path / "policy"), *arguments[1:]]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "70000"], "--port 70000: give a number from 1 to 65535"),
+        (["--max-shard-gib", "0"], "0 is not above 0"),
+        (["--weight-transfer", "gloo", "--cpu"], "has no use without --for-rollouts"),
+        (["--for-rollouts", "--weight-transfer", "gloo"], "add --cpu"),
+        (["--for-rollouts", "--weight-transfer", "nccl", "--cpu"], "with --cpu give gloo or files"),
+    ],
+)
+def test_a_line_that_could_not_serve_is_refused_before_the_export(
+    flags: list[str], message: str, checkpoint: tuple[Path, torch.Tensor], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as raised:
+        main([str(checkpoint[0]), str(tmp_path / "policy"), *flags])
+    assert raised.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ def test_scores_equal_those_of_transformers_backend(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/parent"))
     flags = flags_of(tmp_path, tmp_path / "ours.json")
     flags += ["--config", str(tmp_path / "megatron/recipe.yaml"), "--tensor-model-parallel-size", "2"]
-    flags += ["--batch-tokens", "256", "--seq-length", "48", "--suffix-length", "16"]
+    flags += ["--batch-tokens", "256"]
     payload = {"flags": flags, "cache": str(tmp_path / "cache")}
     reports = run_ranks(2, "tests.interop.lm_eval_claims:scores", payload, timeout_s=240)
     assert [report["status"] for report in reports] == [0, 0]
@@ -45,6 +45,53 @@ def test_without_the_harness_the_tool_says_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["--config", "recipe.yaml"]) == 2
     assert "lm-evaluation-harness is not installed: pip install 'megatron-sip[lm-eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--limit", "0"], "--limit is 0: give at least 1"),
+        (["--num-fewshot", "-1"], "--num-fewshot is -1: give at least 0"),
+        (["--include-path", "/nowhere"], "--include-path /nowhere is no folder"),
+        (["--output", "/nowhere/x.json"], "--output /nowhere/x.json: there is no folder /nowhere"),
+        (["--endpoint", "http://h:1"], "--served-model-name or --tokenizer is missing"),
+        (["--config", "recipe.yaml"], "recipe.yaml"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_anything_is_scored(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_a_server_is_asked_for_its_models_before_it_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.interop.models import tokenizer_folder
+    from tests.rollout.played import PlayedServer
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    tokenizer_folder(tmp_path / "tokenizer")
+    (tmp_path / "empty").mkdir()
+    server = PlayedServer()
+    server.script["/v1/models"] = [lambda _: {"data": [{"id": "policy", "max_model_len": 64}]}] * 3
+    try:
+        for name, tokenizer, more, message in (
+            ("judge", "tokenizer", [], f"--endpoint {server.url} serves policy, not judge"),
+            ("policy", "empty", [], f"--tokenizer {tmp_path / 'empty'} has none that transformers can load"),
+            ("policy", "tokenizer", ["--max-length", "65"], "the server's longest sequence has 64 tokens"),
+        ):
+            flags = ["--endpoint", server.url, "--served-model-name", name, "--tokenizer", str(tmp_path / tokenizer)]
+            assert main([*flags, *more]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and message in error
+    finally:
+        server.close()
+    assert main(flags) == 2
+    assert f"--endpoint {server.url} does not list its models" in capsys.readouterr().err
 
 
 def test_the_mean_is_plain_and_takes_accuracy_where_a_task_has_no_other() -> None:

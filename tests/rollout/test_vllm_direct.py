@@ -39,7 +39,8 @@ def play(servers: list[PlayedServer], acts: list[Any], world_size: int = 1, **op
 
 
 def steering(server: PlayedServer) -> list[str]:
-    return [path for path, _ in server.calls if path not in ("/inference/v1/generate", "/v1/models", "/weight_info")]
+    looks = ("/inference/v1/generate", "/v1/models", "/weight_info", "/health")
+    return [path for path, _ in server.calls if path not in looks]
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

@@ -113,6 +113,22 @@ def test_a_restarted_server_gets_the_weights_again_and_is_asked_again(server: Pl
     assert len(server.asked("/collective_rpc")) == 2
 
 
+def test_a_lone_request_outlives_its_attempts_while_the_server_is_restarted(
+    server: PlayedServer, tmp_path: Path
+) -> None:
+    """One request opens no circuit breaker before its attempts are used up."""
+
+    def back_with_other_weights(body: Any) -> Any:
+        server.version = "default"
+        return {"choices": []}
+
+    ordinary = [lambda body: server._generate(body)[1], 400]
+    server.script["/inference/v1/generate"] = [*ordinary, 500, 500, 500, back_with_other_weights]
+    [report] = play(server, tmp_path, [7, "generate"], rollout_max_attempts=2)
+    assert [one["version"] for one in report["rollouts"][0]] == [7, 7, 7]
+    assert len(server.asked("/collective_rpc")) == 2  # the second after its restart
+
+
 def test_weights_that_change_within_a_rollout_are_not_taken_for_one_version(
     server: PlayedServer, tmp_path: Path
 ) -> None:
@@ -138,7 +154,7 @@ def test_transient_failures_are_retried(server: PlayedServer, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("path", "answers", "message"),
     [
-        ("/inference/v1/generate", [500, 500], "no answer after all attempts: server: HTTP 500 EngineCore encountered"),
+        ("/inference/v1/generate", [500] * 20, "no answer after all attempts: server: HTTP 500 EngineCore encountered"),
         ("/inference/v1/generate", [lambda s: {"choices": [choice(0, 3, s.version)] * 3}], "after 3 of 6 tokens"),
         ("/inference/v1/generate", [lambda s: {"choices": [choice(0, 6, s.version)] * 2}], "2 continuations for 3"),
         ("/inference/v1/generate", [lambda s: {"choices": [choice(60, 6, s.version)] * 3}], "sampled token 70 of 61"),
@@ -156,7 +172,8 @@ def test_failures_are_one_clear_line_on_every_rank(
         *(one if isinstance(one, int) else lambda _, one=one: one(server) for one in answers),
     ]
     with pytest.raises(RankFailure, match=message) as raised:
-        play(server, tmp_path, [0, "generate"], rollout_max_attempts=2, rollout_sync_timeout_s=2.9)
+        limits = {"rollout_max_attempts": 2, "rollout_sync_timeout_s": 2.9, "rollout_give_up_s": 1.0}
+        play(server, tmp_path, [0, "generate"], **limits)
     assert "RolloutError" in str(raised.value)
 
 
@@ -225,6 +242,37 @@ def test_one_of_two_servers_that_is_not_there_is_left_behind_and_looked_at_when_
         late.close()
     assert len(late.asked("/v1/models")) == 2 and late.version.startswith("1-") == server.version.startswith("1-")
     assert report["rollouts"][0][0]["version"] == 1
+
+
+@pytest.mark.parametrize("transfer", ["files", "gloo"])
+def test_a_server_that_is_left_half_updated_is_not_asked_until_it_is_back(
+    server: PlayedServer, tmp_path: Path, transfer: str
+) -> None:
+    """It stays paused: each of its rollouts would wait for --rollout-request-timeout-s."""
+    other = PlayedServer()
+
+    def after_a_restart(_: Any) -> Any:
+        other.version = "default"
+        return {"weight_version": "default"}
+
+    if transfer == "gloo":  # which leaves the old weights whole, so that the next transfer finds it well
+        other.losses = 1
+    else:
+        other.script["/collective_rpc"] = [500]
+        other.script["/weight_info"] = [lambda _: {"weight_version": "default"}, after_a_restart]
+    for played in (server, other):
+        played.info["weight_transfer_config"] = {"backend": "gloo"}
+    options = {"rollout_weight_transfer": transfer}
+    payload = {"urls": [other.url, server.url], "folder": str(tmp_path), "options": options, "sizes": {}}
+    payload["acts"] = [0, "generate", "next step", "warm", 1, "generate", "next step"]
+    try:
+        [report] = run_ranks(1, "tests.rollout.vllm_claims:play", payload)
+    finally:
+        other.close()
+    probes = 2  # of the vocabulary
+    assert len(server.asked("/inference/v1/generate")) + len(other.asked("/inference/v1/generate")) == 2 * probes + 5
+    assert len(server.asked("/inference/v1/generate")) == probes + 3 + 1
+    assert [group[0]["version"] for group in report["rollouts"]] == [0, 0, 0, 1, 1]
 
 
 def test_a_server_that_is_not_there_a_full_disk_and_a_long_prefix(server: PlayedServer, tmp_path: Path) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 START_S = 260.0
+_PR_SET_PDEATHSIG = 1
+_GUARD = """
+import os, signal, subprocess, sys
+signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGKILL))
+signal.signal(signal.SIGTERM, lambda *_: None)
+sys.exit(subprocess.call(sys.argv[1:]))
+"""
+"""Leads the session of a server, and kills all of it when the tests' process is gone: a vLLM that is starting does not
+heed SIGTERM, and its engine outlives it."""
 PYTHON_VARIABLE = "VLLM_PYTHON"
 """Names the interpreter of the environment that has vLLM; the tests are skipped without it."""
 OFFLINE = {
@@ -47,6 +59,17 @@ class VllmServer:
         """SIGKILL to all of its processes."""
         os.killpg(self.processes[0].pid, signal.SIGKILL)
         self.processes[0].wait(30)
+
+    def stop_workers(self) -> None:
+        """SIGSTOP to those that hold the weights: what they are told stays under way."""
+        stopped = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                title = (folder / "cmdline").read_bytes()
+                if title.startswith(b"VLLM::Worker") and os.getpgid(int(folder.name)) == self.processes[0].pid:
+                    os.kill(int(folder.name), signal.SIGSTOP)
+                    stopped += 1
+        assert stopped, f"{self.root} has no process of the name VLLM::Worker"
 
     @property
     def url(self) -> str:
@@ -85,6 +108,14 @@ def printed_server(line: str, python: str, model: Path, port: int, log: Path) ->
         yield server
 
 
+def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+    """Asks the kernel for a signal when the process that started this one ends, however that comes about.
+
+    To be called between fork and exec.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+
+
 def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -96,11 +127,12 @@ def _running(command: Sequence[str], environment: Mapping[str, str], server: Vll
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with server.log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", _GUARD, *command],
             env={**inherited, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=partial(end_with_parent, signal.SIGUSR1),
         )
         server.processes.append(process)
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from tests.train.runs import recipe, write_corpora
-from tests.vllm.server import VllmServer, free_port, printed_server
+from tests.vllm.server import VllmServer, end_with_parent, free_port, printed_server
 from tools.export_policy import main as export
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ class Home:
     @contextmanager
     def server(self, port: int, log: Path) -> Iterator[VllmServer]:
         """By the line that tools/export_policy.py prints."""
-        printed, policy = io.StringIO(), self.folder / f"policy-{log.stem}"
+        printed, policy = io.StringIO(), log.parent / f"policy-{log.stem}"
         flags = ["--for-rollouts", "--cpu", "--weight-transfer", "gloo", "--port", str(port)]
         with redirect_stdout(printed):
             assert export([str(self.folder / "start"), str(policy), *flags]) == 0
@@ -67,6 +68,7 @@ class Run:
                 env=environment,
                 stdout=output,
                 stderr=output,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -77,6 +79,13 @@ class Run:
         """Waits for a good end; the steps' metrics."""
         assert self.process.wait(timeout_s) == 0, self.log
         return self.steps()
+
+    def wait_for_steps(self, number: int, timeout_s: float = 150.0) -> None:
+        """Until so many are done; the run must not be over by then."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.steps()) < number and time.monotonic() < deadline and self.process.poll() is None:
+            time.sleep(0.05)
+        assert len(self.steps()) >= number and self.process.poll() is None, self.log
 
     def steps(self) -> list[dict[str, Any]]:
         """So far."""

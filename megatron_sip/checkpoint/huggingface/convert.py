@@ -120,7 +120,8 @@ def to_hugging_face(
         source: what --save was, what ``to_megatron`` made, or one ``iter_*`` directory.
         output: must not exist, or be empty.
         step: the latest one if not given.
-        like: a model directory whose configuration and tokenizer go along; by default what ``to_megatron`` carried.
+        like: a model directory whose configuration and tokenizer go along; by default what ``to_megatron``
+            or the run carried.
         dtype: one of ``DTYPES``.
         vocab_rows: rows of the embedding; by default as ``like`` has them, else the tokenizer's tokens. 0: the tokens.
         untie: write a tied output layer as a tensor of its own.
@@ -134,7 +135,8 @@ def to_hugging_face(
     carried = checkpoint.directory.parent / CARRIED_DIRECTORY
     if like is None and carried.is_dir():
         like = carried
-    model = None if like is None else read_config(like)
+    # A run carries the tokenizer alone: its checkpoints say their architecture themselves.
+    model = None if like is None or (like == carried and not (like / CONFIG).is_file()) else read_config(like)
     architecture = checkpoint.architecture(None if model is None else architecture_of(model, carried / CONFIG))
     rows = _rows_to_export(checkpoint, vocab_rows, model)
     vocabulary = Vocabulary(checkpoint.vocab_size)

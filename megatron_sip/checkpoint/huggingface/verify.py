@@ -47,11 +47,15 @@ def verify(model: Path, checkpoint: Path, text: str, max_tokens: int = 512, step
     Starts this process's own process group: to be called once, and not under torchrun.
 
     Raises:
-        CheckpointError: the logits differ.
+        CheckpointError: the logits differ, or there is no text.
     """
     config = read_config(model)
     longest = min(max_tokens, architecture_of(config, model / CONFIG).max_position_embeddings)
     tokens = _tokens(model, text, int(config["vocab_size"]))[:longest]
+    if not tokens:
+        raise CheckpointError(
+            "the text to compare logits on is empty: name another with --verify; nothing was written."
+        )
     theirs = _transformers_logits(model, tokens)
     ours = _our_logits(model, config, checkpoint, step, tokens)
     theirs = theirs[:, : ours.shape[1]]
@@ -74,6 +78,7 @@ def _tokens(model: Path, text: str, vocab_size: int) -> list[int]:
 def _transformers_logits(model: Path, tokens: Sequence[int]) -> torch.Tensor:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     network: Any = transformers.AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
     with torch.no_grad():
         logits: torch.Tensor = network(torch.tensor([list(tokens)])).logits[0].float()

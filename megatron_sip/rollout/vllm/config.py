@@ -45,9 +45,9 @@ class VllmOptions:
         help="weight judged rows by the ratio of their rollouts' likelihood now and when sampled, at most this; 0: no",
     )
     rollout_max_in_flight: int = option(256, help="requests under way per data-parallel replica, one per prefix")
-    rollout_max_attempts: int = option(5, help="attempts of one request; only transient failures are tried again")
+    rollout_max_attempts: int = option(5, help="attempts of one request before the servers are looked at")
     rollout_request_timeout_s: float = option(400.0, help="seconds of one attempt")
-    rollout_give_up_s: float = option(480.0, help="seconds of one request with all its attempts")
+    rollout_give_up_s: float = option(480.0, help="seconds in which rollouts are asked for again while servers fail")
     rollout_api_key_env: str = option("ROLLOUT_API_KEY", help="environment variable that holds the servers' API key")
 
     def validate_vllm(self) -> None:

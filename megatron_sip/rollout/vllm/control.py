@@ -43,6 +43,11 @@ async def post_once(session: aiohttp.ClientSession, url: str, path: str, **body:
     return await _call(session, url, "POST", path, body or None, 1)
 
 
+async def look_once(session: aiohttp.ClientSession, url: str) -> None:
+    """Raises Unreachable, without the patience of the other calls: a server that was lost is still not there."""
+    await send(session, url, "GET", "/health", None, attempts=1)
+
+
 async def send(
     session: aiohttp.ClientSession, url: str, method: str, path: str, body: Any, attempts: int = _ATTEMPTS
 ) -> tuple[int, Any]:

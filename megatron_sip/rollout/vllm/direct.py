@@ -55,6 +55,10 @@ class DirectTransfer:
         self._timeout_s = timeout_s
         self._sender = None if servers is None else Sender(servers, link)
 
+    @property
+    def left_behind(self) -> list[str]:
+        return [] if self._sender is None else self._sender.left_behind
+
     def hand_over(self, version: str) -> str:
         entries = self._stream.entries()
         deadline = time.monotonic() + self._timeout_s
@@ -97,12 +101,18 @@ class Sender:
         self._under_way: dict[str, Sending] = {}
         self._problems: dict[str, str] = {}
 
+    @property
+    def left_behind(self) -> list[str]:
+        """URLs of the servers that did not take the last version."""
+        return [url for url, problem in self._problems.items() if problem]
+
     def begin(self, version: str, entries: Sequence[Entry], deadline: float) -> tuple[bool, str]:
         """(whether a server is ready to receive, what went wrong with all of them or "")."""
         self._version, self._deadline = version, deadline
         while True:
             try:
-                states = self._servers.on_each(told(self._prepare, deadline - time.monotonic()))
+                act = told(self._prepare, deadline - time.monotonic(), self.left_behind)
+                states = self._servers.on_each(act)
             except RolloutError as error:
                 return False, str(error)
             ready = [url for url, state in states.items() if state == _READY]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,22 @@ from megatron_sip.rollout.vllm.transfer import FileTransfer, WeightTransfer
 from megatron_sip.rollout.vllm.weights import StageWeights
 from megatron_sip.teacher.http.failures import Failure
 from megatron_sip.types import Candidate, CandidateKind
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What came of asking once."""
+
+    found: dict[int, list[Candidate]]
+    """By request, without those that other weights have answered."""
+    problem: str = ""
+    """What ends the run."""
+    lost: bool = False
+    """Whether a request had no answer of a server that may come back."""
+    stale: bool = False
+    """Whether a server answered with other weights."""
 
 
 class VllmEngine:
@@ -79,28 +98,28 @@ class VllmEngine:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Candidate]]:
         """The rollouts of each request, in order, equal on all ranks of the replica. To be called on all replicas.
 
+        While no server answers, the ranks wait for one and say so, for at most --rollout-give-up-s.
+
         Raises:
-            RolloutError: a request has no answer after all attempts; on all ranks of the replica.
+            RolloutError: a request has no answer by then, or one of no use; on all ranks of the replica.
         """
         candidates: list[list[Candidate]] = [[] for _ in requests]
         waiting = [index for index, request in enumerate(requests) if request.num_rollouts > 0]
-        for last in (False, True):
-            own: tuple[dict[int, list[Candidate]], str] = ({}, "")
-            if self._servers is not None:
-                try:
-                    own = (self._ask(self._servers, requests, waiting, last), "")
-                except RolloutError as error:
-                    own = ({}, str(error))
-            found, problem = self._context.broadcast_object(own)
-            for index, group in found.items():
+        deadline = time.monotonic() + self._config.rollout_give_up_s
+        are_fresh = False
+        while True:
+            own = None if self._servers is None else self._round(self._servers, requests, waiting, are_fresh, deadline)
+            answered = self._context.broadcast_object(own)
+            for index, group in answered.found.items():
                 candidates[index] = group
-            waiting = [index for index in waiting if index not in found]
-            if last or not self._context.any_rank(bool(waiting) and not problem):
+            waiting = [index for index in waiting if index not in answered.found]
+            if not self._context.any_rank(answered.lost or answered.stale):
                 break
-            # A server lost its weights: all ranks hand the present ones over, whichever replica met it.
+            # A server is lost, or lost its weights: all ranks hand the present ones over, whichever replica met it.
             self._hand_over()
-        if problem:
-            raise RolloutError(problem)
+            are_fresh = not answered.lost  # else one may have been restarted since
+        if answered.problem:
+            raise RolloutError(answered.problem)
         return candidates
 
     def close(self) -> None:
@@ -122,12 +141,14 @@ class VllmEngine:
     def _hand_over(self) -> None:
         self._check_servers()  # those that are new, or were not there before
         self._weights.complete()
-        problem = ""
+        own: tuple[str, Sequence[str]] = ("", ())
         if self._context.dp_rank == 0:
-            problem = self._transfer.hand_over(self._name(self._current))
-        problem = self._context.broadcast_from_rank_zero(problem)
+            own = (self._transfer.hand_over(self._name(self._current)), self._transfer.left_behind)
+        problem, left_behind = self._context.broadcast_from_rank_zero(own)
         if problem:
             raise RolloutError(problem)
+        if self._servers is not None:
+            self._servers.leave_out(left_behind)
         self._version = self._current
 
     def _name(self, version: int) -> str:
@@ -147,28 +168,54 @@ class VllmEngine:
         if problem:
             raise RolloutError(problem)
 
+    def _round(
+        self,
+        servers: VllmServers,
+        requests: Sequence[GenerationRequest],
+        waiting: Sequence[int],
+        are_fresh: bool,
+        deadline: float,
+    ) -> _Round:
+        """Asks once for all that wait. ``are_fresh``: the servers were brought up to date for these requests."""
+        try:
+            for index in waiting:
+                self._check_length(requests[index], servers.longest)
+            return self._ask(servers, requests, waiting, are_fresh, deadline)
+        except RolloutError as error:
+            return _Round({}, str(error))
+
     def _ask(
-        self, servers: VllmServers, requests: Sequence[GenerationRequest], waiting: Sequence[int], last: bool
-    ) -> dict[int, list[Candidate]]:
-        """Candidates by request, without those that other weights have answered."""
-        for index in waiting:
-            self._check_length(requests[index], servers.longest)
+        self,
+        servers: VllmServers,
+        requests: Sequence[GenerationRequest],
+        waiting: Sequence[int],
+        are_fresh: bool,
+        deadline: float,
+    ) -> _Round:
         answers = servers.ask([self._body(requests[index]) for index in waiting])
-        found, stale = {}, set()
+        found, stale, lost = {}, set(), None
         for index, answer in zip(waiting, answers, strict=True):
             if isinstance(answer, Failure):
-                raise RolloutError(f"a rollout request had no answer after all attempts: {answer}")
+                if not answer.transient or time.monotonic() >= deadline:
+                    raise RolloutError(f"a rollout request had no answer after all attempts: {answer}")
+                lost = answer
+                continue
             others = {version for one in answer for version in one.versions} - {self._name(self._version)}
             stale |= others
             if not others:
                 found[index] = self._candidates(requests[index], answer)
-        if stale and last:
+        if stale and are_fresh and not lost:
             raise RolloutError(
                 f"a rollout server answers with weights {', '.join(sorted(stale))} in place of "
                 f"{self._name(self._version)}, also after they were handed over again: does another run use the same "
                 "--rollout-endpoints?"
             )
-        return found
+        if lost is not None:
+            logger.warning(
+                "%d of %d rollout requests have no answer; asking again for %.0f s at most (--rollout-give-up-s): %s",
+                len(waiting) - len(found), len(waiting), deadline - time.monotonic(), lost,
+            )  # fmt: skip
+        return _Round(found, lost=lost is not None, stale=bool(stale))
 
     def _body(self, request: GenerationRequest) -> dict[str, Any]:
         """Names every parameter that a server could have defaults of its own for."""

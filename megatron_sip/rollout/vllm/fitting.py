@@ -12,7 +12,7 @@ import aiohttp
 
 from megatron_sip.errors import CheckpointError, ConfigurationError, RolloutError
 from megatron_sip.huggingface.config_json import architecture_of, read_config
-from megatron_sip.rollout.vllm.control import START, get, send
+from megatron_sip.rollout.vllm.control import START, Unreachable, get, send
 
 GENERATE = "/inference/v1/generate"
 _FREE = ("untie_embeddings_and_output_weights", "max_position_embeddings")
@@ -49,6 +49,8 @@ async def check_server(url: str, session: aiohttp.ClientSession, needs: Needs) -
         status, _ = await send(session, url, "POST", GENERATE, {"token_ids": [0], "sampling_params": wanted})
         if status in (403, 404):  # vLLM 0.32 forbids it without --enable-scale-out, others do not know it
             raise RolloutError(f"rollout server {url} has no {GENERATE}: {START}")
+        if status >= 500:
+            raise Unreachable(f"rollout server {url}: {GENERATE}: HTTP {status}")
         rows.append(status == 200)
     if rows != [True, False]:
         raise RolloutError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +18,20 @@ import numpy as np
 
 from megatron_sip.errors import RolloutError
 from megatron_sip.rollout.vllm.config import VllmOptions
-from megatron_sip.rollout.vllm.control import CONNECT_S, START, Unreachable
+from megatron_sip.rollout.vllm.control import CONNECT_S, START, Unreachable, look_once
 from megatron_sip.rollout.vllm.fitting import GENERATE, Needs, check_server
 from megatron_sip.teacher.http.client import ClientSettings, HttpClient
+from megatron_sip.teacher.http.endpoints import State
 from megatron_sip.teacher.http.failures import SERVER, Failure
 from megatron_sip.teacher.http.reply import decode_json
 from megatron_sip.types import FloatArray, IntArray
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Act = Callable[[str, aiohttp.ClientSession], Awaitable[T]]
+
+_WATCH_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class VllmServers:
         """``replica``: replicas begin with different servers."""
         self.urls = [url.rstrip("/") for url in options.rollout_endpoints]
         self._timeout_s = options.rollout_request_timeout_s
+        self._give_up_s = options.rollout_give_up_s
         key = os.environ.get(options.rollout_api_key_env, "")
         settings = ClientSettings(
             max_in_flight=options.rollout_max_in_flight,
@@ -73,6 +81,7 @@ class VllmServers:
         self._thread.start()
         self._longest: dict[str, int] = {}
         """Of the servers that were found to fit."""
+        self._left_out: frozenset[str] = frozenset()
 
     @property
     def longest(self) -> int:
@@ -83,9 +92,18 @@ class VllmServers:
         """An answer to each, in order."""
 
         async def ask_all() -> list[Answer | Failure]:
-            return list(await asyncio.gather(*(self._client.complete(partial(dict, body)) for body in bodies)))
+            watch = asyncio.create_task(self._say_when_none_is_left())
+            try:
+                return list(await asyncio.gather(*(self._client.complete(partial(dict, body)) for body in bodies)))
+            finally:
+                watch.cancel()
 
         return self._start(ask_all()).result()
+
+    def leave_out(self, urls: Collection[str]) -> None:
+        """Asks these no more, until the next call of this: one that was left half updated would never answer."""
+        self._left_out = frozenset(urls)
+        self._client.leave_out(urls)
 
     def check(self, needs: Needs) -> None:
         """Finds what would make answers wrong or transfers impossible, on every server that was not looked at yet.
@@ -95,6 +113,8 @@ class VllmServers:
 
         async def look(url: str, session: aiohttp.ClientSession) -> int | Unreachable:
             try:
+                if url in self._left_out:
+                    await look_once(session, url)
                 return await check_server(url, session, needs)
             except Unreachable as error:
                 return error
@@ -123,6 +143,14 @@ class VllmServers:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _say_when_none_is_left(self) -> None:
+        while any(e.state is State.CLOSED and e.rest_until < math.inf for e in self._client.endpoints):
+            await asyncio.sleep(_WATCH_S)
+        logger.warning(
+            "no rollout server answers (%s): trying again until one does, for %g s at most (--rollout-give-up-s)",
+            ", ".join(self.urls), self._give_up_s,
+        )  # fmt: skip
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

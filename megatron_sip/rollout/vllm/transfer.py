@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from megatron_sip.rollout.vllm.control import (
     end_update,
     get,
     half_updated,
+    look_once,
     post,
     post_once,
     version_of,
@@ -40,6 +41,11 @@ WAIT_S = 3.0
 
 class WeightTransfer(Protocol):
     """Puts the policy's present weights into the servers."""
+
+    @property
+    def left_behind(self) -> Sequence[str]:
+        """URLs of the servers that did not take the last version; on the leader."""
+        ...
 
     def hand_over(self, version: str) -> str:
         """To every server that has not got ``version``. What went wrong, or "", on the leader; collective."""
@@ -60,6 +66,7 @@ class FileTransfer:
         self._files, self._servers, self._context, self._timeout_s = files, servers, context, timeout_s
         self._version = ""
         self._directory = Path()
+        self.left_behind: list[str] = []
 
     def hand_over(self, version: str) -> str:
         problem = ""
@@ -89,9 +96,10 @@ class FileTransfer:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                problems = servers.on_each(told(load, deadline - time.monotonic()))
+                problems = servers.on_each(told(load, deadline - time.monotonic(), self.left_behind))
             except RolloutError as error:
                 return str(error)
+            self.left_behind = [url for url, problem in problems.items() if problem]
             if "" in problems.values():
                 self._files.keep_only(self._directory)
             if not none_took_it(problems, deadline):
@@ -99,11 +107,16 @@ class FileTransfer:
             time.sleep(WAIT_S)
 
 
-def told(act: Act[str], timeout_s: float) -> Act[str]:
-    """``act`` with its time limited, and failures that may pass as what it returns."""
+def told(act: Act[str], timeout_s: float, lost: Collection[str] = ()) -> Act[str]:
+    """``act`` with its time limited, and failures that may pass as what it returns.
+
+    ``lost``: URLs of servers that were not there last time, which cost the others no time if they still are not.
+    """
 
     async def tell(url: str, session: aiohttp.ClientSession) -> str:
         try:
+            if url in lost:
+                await look_once(session, url)
             return await asyncio.wait_for(act(url, session), max(0.1, timeout_s))
         except Unreachable as error:
             return str(error)
@@ -132,7 +145,11 @@ def none_took_it(problems: Mapping[str, str], deadline: float) -> bool:
     """Whether to wait for a server: there is none, and time is left."""
     waits = "" not in problems.values() and time.monotonic() + WAIT_S < deadline
     if waits:
-        logger.warning("waiting for a rollout server: %s", next(iter(problems.values())))
+        left_s = deadline - time.monotonic()
+        problem = next(iter(problems.values()))
+        logger.warning(
+            "waiting for a rollout server, for %.0f s at most (--rollout-sync-timeout-s): %s", left_s, problem
+        )
     return waits
 
 

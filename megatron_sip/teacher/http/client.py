@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -100,6 +100,10 @@ class HttpClient(Generic[T]):
     @property
     def endpoints(self) -> Sequence[Endpoint]:
         return self._pool.endpoints
+
+    def leave_out(self, urls: Collection[str]) -> None:
+        """See ``EndpointPool.leave_out``; to be called while no request is under way."""
+        self._pool.leave_out(urls)
 
     async def complete(self, body: Callable[[], Mapping[str, Any]]) -> T | Failure:
         """Answer to one request. Waits while ``max_in_flight`` others are under way.

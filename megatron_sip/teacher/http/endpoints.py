@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -70,6 +71,14 @@ class EndpointPool:
         self._random = random_source
         self._picks = 0
         self._changed = asyncio.Event()
+
+    def leave_out(self, urls: Collection[str]) -> None:
+        """These are not asked until the next call of this; those it named before are asked again."""
+        for endpoint in self.endpoints:
+            if endpoint.url in urls:
+                endpoint.rest_until = math.inf
+            elif endpoint.rest_until == math.inf:
+                endpoint.rest_until = 0.0
 
     async def acquire(self, deadline: float, avoid: Endpoint | None = None) -> Lease | None:
         """An endpoint to ask, another than ``avoid`` if there is a choice; None if none was to be had in time."""

@@ -26,6 +26,7 @@ from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask, Task
 from megatron_sip.train.grpo.trainer import STREAM, GRPORecord, GRPOTrainer, Rhythm
 from megatron_sip.train.teacher_link import TeacherLink
 from megatron_sip.train.teacher_start import start_process
+from megatron_sip.train.weights import carry_tokenizer
 
 
 @contextmanager
@@ -53,6 +54,7 @@ def build_grpo_trainer(
             _write_run_info(config, context, tokenizer.vocab_size)
         identity = identity_of(config.model.resolve(), tokenizer.vocab_size, tokenizer.fingerprint)
         checkpoints = CheckpointManager(config.checkpoint, context, identity)
+        carry_tokenizer(config.checkpoint, config.tokenizer, context)
         stack.callback(checkpoints.close)
         watch = StopWatch(signals, config.checkpoint.exit_duration_in_mins)
         yield GRPOTrainer(
