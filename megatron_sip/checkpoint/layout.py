@@ -184,6 +184,16 @@ def remove_leftovers(root: Path) -> None:
             shutil.rmtree(path)
 
 
+def carry(folder: Path, root: Path) -> None:
+    """Copies ``folder``, if there is one, into ``root``, unless that has one of its name: what stands beside the
+    checkpoint that a run started from goes with what it saves."""
+    copy, partial = root / folder.name, root / f"{folder.name}.partial"
+    if folder.is_dir() and not copy.exists():
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed meanwhile
+        shutil.copytree(folder, partial)
+        os.replace(partial, copy)
+
+
 def prune(root: Path, newest: int, keep: int) -> list[int]:
     """Keeps the ``keep`` latest whole checkpoints of ours up to ``newest``; returns the steps it deleted.
 

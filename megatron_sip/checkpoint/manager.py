@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_sip.checkpoint import layout, writing
 from megatron_sip.checkpoint.background import BackgroundWriter, Outcome, write_outcome
 from megatron_sip.checkpoint.config import CheckpointConfig
+from megatron_sip.checkpoint.huggingface.names import CARRIED_DIRECTORY
 from megatron_sip.checkpoint.identity import ModelIdentity, check_identity
 from megatron_sip.checkpoint.reading import check_nothing_is_left, load_sharded, read_common, read_index, request
 from megatron_sip.distributed import ParallelContext
@@ -85,6 +86,7 @@ class CheckpointManager:
         self._identity = identity
         self._pending: _Save | None = None
         self._last_saved: int | None = None
+        self._started_from: Path | None = None
         self.num_failures = 0
         """Saves that failed, where the run goes on after one."""
 
@@ -184,6 +186,7 @@ class CheckpointManager:
             own.pop("rng", None)
         kept = {key: value for key, value in common.items() if key in state and with_optimizer}
         step = 0 if weights_only else int(common.get("iteration", 0))
+        self._started_from = directory.parent
         logger.info("loaded %s%s, step %d", directory, " (weights only)" if weights_only else "", step)
         return LoadedCheckpoint(directory, step, _merge(kept, loaded), own, weights_only)
 
@@ -207,6 +210,8 @@ class CheckpointManager:
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 layout.remove_leftovers(root)
+                if self._started_from is not None:
+                    layout.carry(self._started_from / CARRIED_DIRECTORY, root)
                 partial.mkdir()
             except OSError as error:
                 return partial, str(error)

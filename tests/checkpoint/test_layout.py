@@ -149,3 +149,23 @@ def _die_at(name: str, act):  # type: ignore[no-untyped-def]
 
 def _raise_keyboard_interrupt(descriptor: int) -> None:
     raise KeyboardInterrupt
+
+
+def test_what_stands_beside_a_checkpoint_goes_along_once_and_whole(tmp_path: Path) -> None:
+    """A tokenizer that to-megatron carried; a copy that a kill cut short is made again."""
+    folder, root = tmp_path / "start" / "huggingface", tmp_path / "run"
+    root.mkdir()
+    layout.carry(folder, root)
+    assert not list(root.iterdir()), "there was nothing to take along"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    (root / "huggingface.partial").mkdir()
+    (root / "huggingface.partial" / "half").write_text("{")
+    layout.carry(folder, root)
+    assert [path.relative_to(root).as_posix() for path in root.rglob("*")] == [
+        "huggingface",
+        "huggingface/tokenizer.json",
+    ]
+    (folder / "tokenizer.json").write_text("another")
+    layout.carry(folder, root)
+    assert (root / "huggingface" / "tokenizer.json").read_text() == "{}"
