@@ -21,7 +21,7 @@ from megatron_sip.teacher.http.templates import Template
 from megatron_sip.teacher.interfaces import JudgeResult
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from megatron_sip.train.grpo.build import rewards_teacher
-from megatron_sip.train.grpo.examples import check_examples
+from megatron_sip.train.grpo.examples import Examined, check_examples, check_splits
 from megatron_sip.train.grpo.prompts import PromptEncoder
 from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask
 from megatron_sip.train.grpo.trainer import idle_message
@@ -195,7 +195,7 @@ def test_examples_are_looked_at_before_the_first_step(world: Path, tokenizer: To
         path.write_text("".join(json.dumps(record) + "\n" for record in [*[QUALITY] * 99, last]))
 
     write(QUALITY)
-    assert check_examples([str(path)], "--train-data", task) == 100
+    assert check_examples([str(path)], "--train-data", task).count == 100
     for change, complaint in (
         ({"task": "rewrite"}, "its task is 'rewrite'"),
         ({"label": 0}, "should be of"),
@@ -204,6 +204,35 @@ def test_examples_are_looked_at_before_the_first_step(world: Path, tokenizer: To
         write({**QUALITY, **change})
         with pytest.raises(DataError, match=rf"examples\.jsonl:100: .*{complaint}"):
             check_examples([str(path)], "--train-data", task)
+
+
+def test_a_judge_is_not_trained_on_one_answer_nor_measured_on_what_it_learned(
+    world: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    task = JudgeTask(tokenizer, 40, str(world / "prompts"))
+    turned = {**QUALITY, "options": QUALITY["options"][::-1], "label": 1}
+    other = {**QUALITY, "prefix": " nu"}
+
+    def examined(*records: dict[str, Any]) -> Examined:
+        path = tmp_path / "examples.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return check_examples([str(path)], "--train-data", task)
+
+    with pytest.raises(DataError, match=r"all 2 quality examples have the label 2.*give examples of both"):
+        check_splits(examined(QUALITY, other), Examined())
+    both = examined(QUALITY, turned)
+    assert check_splits(both, Examined()) == check_splits(both, examined(other)) == ""
+    # Another document and source with the same texts is the same example.
+    with pytest.raises(DataError, match="all its examples are also in --train-data"):
+        check_splits(both, examined({**turned, "document": 7, "source": "wiki"}))
+    assert check_splits(both, examined(other, turned)).startswith("1 of 2 examples of --valid-data are also in")
+
+
+def test_a_rewriter_may_be_trained_on_safe_suffixes_alone(world: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps({"task": "rewrite", "prefix": " ka", "suffix": " lo", "label": "safe"}) + "\n")
+    task = RewriteTask(tokenizer, 40, FixedLink(), str(world / "prompts"))  # type: ignore[arg-type]
+    assert check_splits(check_examples([str(path)], "--train-data", task), Examined()) == ""
 
 
 def test_idling_is_explained_by_what_was_seen() -> None:

@@ -34,7 +34,7 @@ VERDICTS = {
     ("safety", "safe"): "FINAL DECISION: YES", ("safety", "unsafe"): "FINAL DECISION: NO",
 }  # fmt: skip
 NONE = np.zeros(0, dtype=np.int64)
-WARM_UP_STEPS, ROWS = 100, 16
+WARM_UP_STEPS, ROWS = 240, 16
 
 
 def examples(count: int, seed: int) -> Iterator[dict[str, Any]]:
