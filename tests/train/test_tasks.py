@@ -24,7 +24,7 @@ from megatron_sip.train.grpo.build import rewards_teacher
 from megatron_sip.train.grpo.examples import Examined, check_examples, check_splits
 from megatron_sip.train.grpo.prompts import PromptEncoder
 from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask
-from megatron_sip.train.grpo.trainer import idle_message
+from megatron_sip.train.grpo.trainer import idle_message, silence_message
 from megatron_sip.train.teacher_link import JudgedGroups
 from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Judgment
 from tests.teacher.http.server import FaultServer
@@ -238,6 +238,8 @@ def test_a_rewriter_may_be_trained_on_safe_suffixes_alone(world: Path, tokenizer
 def test_idling_is_explained_by_what_was_seen() -> None:
     assert "no answer has a reward" in idle_message({})
     assert "100 % of the answers have no verdict" in idle_message({"reward/mean": 0.0, "no_verdict/quality": 1.0})
+    assert silence_message({"no_reward/unsafe": 0.49}) == silence_message({"reward/mean": 0.0}) == ""
+    assert "75 % of the answers to unsafe examples have no reward" in silence_message({"no_reward/unsafe": 0.75})
     assert "3 groups lack rewards" in idle_message({"reward/mean": 0.0, "grpo/skipped_missing": 3.0})
     assert "the same reward, 0.999 on average" in idle_message({"reward/mean": 0.999, "no_verdict/quality": 0.0})
 
