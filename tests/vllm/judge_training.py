@@ -20,7 +20,7 @@ import numpy as np
 from megatron_sip.teacher.build import build_judge
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.interfaces import JudgeGroup, Passage, Question, Verdict
-from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
+from megatron_sip.tokenizer import TokenizerConfig
 from tests.vllm.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +170,6 @@ def ask_in_process(payload: dict[str, Any]) -> dict[str, list[tuple[float, str]]
     folder = Path(payload["folder"])
     config = settings(folder, teacher="model", judge_checkpoint=payload["checkpoint"], judge_prompt_length=96)
     tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "start"))
-    build_tokenizer(tokenizer)
     models = OwnModels(config, tokenizer)
     return {
         criterion: [(v.score, v.raw) for v in ask(config, criterion, questions(folder, criterion), models)]
