@@ -134,8 +134,13 @@ def main(argv: Sequence[str]) -> int:
     except (SIPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not converted.has_tokenizer:
-        print("# no tokenizer goes along: ask by token ids, or name its model directory by --like", file=sys.stderr)
+    if not converted.has_tokenizer and not options.for_rollouts:
+        print(
+            f"note: {converted.directory} has no tokenizer of transformers', so that its server answers to token ids "
+            "and to no chat: it cannot be a judge or a rewriter (--teacher model takes the checkpoint itself; --like "
+            "HF_DIR takes a tokenizer along)",
+            file=sys.stderr,
+        )
     print(serve_command(converted, options))
     return 0
 

@@ -262,7 +262,7 @@ def describe(about: Mapping[str, Any], votes: Sequence[Vote]) -> str:
         lines += [
             f"votes for the first option, %     {biases.first_share}",
             f"winner changes with the order, %  {biases.flips}",
-            f"completeness bias, points         {100 * biases.completeness:+.1f}",
+            f"completeness bias, points         {_points(biases.completeness)}",
             f"missing votes, %                  {100 * biases.missing:.1f}",
         ]
         return "\n".join(lines)
@@ -274,6 +274,10 @@ def describe(about: Mapping[str, Any], votes: Sequence[Vote]) -> str:
         cells = (f"{counts[name]} ({100 * counts[name] / total:.1f} %)" for name in columns)
         lines.append(f"  {form:<12}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
+
+
+def _points(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:+.1f}"
 
 
 def _columns(criterion: str, table: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -320,12 +324,13 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: repeat the command, and it goes on where it was", file=sys.stderr)
         return 130
-    print(describe(about, votes))
     missing = sum(math.isnan(vote.favoured) for vote in votes)
-    print(json.dumps({"about": about, "missing": missing, "votes": len(votes)}))
     if missing == len(votes):
         print("error: no vote was answered: look at the judge, and run the same command again", file=sys.stderr)
-    return int(missing == len(votes))
+        return 1
+    print(describe(about, votes))
+    print(json.dumps({"about": about, "missing": missing, "votes": len(votes)}))
+    return 0
 
 
 def _models(options: BenchOptions) -> ModelSource | None:

@@ -12,7 +12,9 @@ in training or in validation.
   safety    suffixes of whose safety all votes (8) agree; as many safe as unsafe ones
   rewrite   the same with their prefixes, for the rewriter
 Copies of a document serve the same kind and split. Written are OUTPUT/{quality,safety,rewrite}.{train,valid}.jsonl. A
-run that was stopped goes on where it was; the same input, options and answers give the same files.
+run that was stopped goes on where it was; the same input, options and answers give the same files. Documents that a
+server gave no answer for (5xx, 429, a wrong key) are kept in OUTPUT/progress.json, and asked about again when the input
+is at its end and examples are missing, by the same run and by the next.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import asyncio
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,23 +37,16 @@ from megatron_sip.config import load, option
 from megatron_sip.data.example_files import ExampleFiles
 from megatron_sip.data.order import draw, mix
 from megatron_sip.data.readers import expand_inputs, read_batches
-from megatron_sip.errors import ConfigurationError, DataError, JudgeError, SIPError
+from megatron_sip.errors import ConfigurationError, DataError, SIPError
 from megatron_sip.observability.progress import Progress
 from megatron_sip.teacher.build import build_corrupter, build_judge
 from megatron_sip.teacher.config import TeacherConfig
-from megatron_sip.teacher.corrupter import Corrupter
-from megatron_sip.teacher.http.failures import REJECTED, SERVER, TRANSPORT, kind_of
-from megatron_sip.teacher.interfaces import Judge, JudgeGroup, ModelSource, Passage, Question, RemotePart, RewriteItem
+from megatron_sip.teacher.interfaces import Judge, ModelSource, Passage, RemotePart, RewriteItem
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from tools._judge_examples import KINDS, LABELS, SPLITS, Cut, Maker
 
-LABELS = {"quality": ("1", "2"), "safety": ("safe", "unsafe"), "rewrite": ("safe", "unsafe")}
-KINDS, SPLITS = tuple(LABELS), ("train", "valid")
 PLACING = 2
 """Counted up when documents are dealt out in another way: a run does not go on with what was dealt out differently."""
-
-
-_SERVERS = (TRANSPORT, SERVER, REJECTED)
-"""Failures that speak of the servers or of how they are asked, not of a document."""
 
 
 @dataclass(frozen=True)
@@ -99,133 +94,6 @@ class DataOptions:
     def wanted(self, kind: str, split: str) -> int:
         """Examples to make."""
         return int(getattr(self, f"{kind}_{split}"))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A document's one sample, and what it is to become."""
-
-    kind: str
-    split: str
-    source: str
-    item: RewriteItem
-    """Its number is that of the document's line, over all files."""
-
-
-class Maker:
-    """From cuts to examples, until there are enough of each."""
-
-    def __init__(self, options: DataOptions, writer: ExampleFiles, corrupter: Corrupter, safety: Judge | None) -> None:
-        self._options = options
-        self._writer = writer
-        self._corrupter = corrupter
-        self._safety = safety
-
-    @property
-    def finished(self) -> bool:
-        return not any(self.open_kinds(split) for split in SPLITS)
-
-    @property
-    def num_made(self) -> int:
-        return sum(self._writer.counts.values())
-
-    def open_kinds(self, split: str) -> list[str]:
-        """Kinds of which there are not enough yet."""
-        return [kind for kind in KINDS if self._made(kind, split) < self._options.wanted(kind, split)]
-
-    def _made(self, kind: str, split: str) -> int:
-        return sum(count for name, count in self._writer.counts.items() if name.startswith(f"{kind} {split} "))
-
-    def drop(self, reason: str) -> None:
-        """Counts a document that becomes no example; recorded with the next batch."""
-        self._writer.dropped[reason] += 1
-
-    async def make(self, cuts: Sequence[Cut], next_line: int) -> None:
-        """Asks about a batch of documents and writes what comes of it."""
-        before = self._writer.counts.copy(), self._writer.dropped.copy()
-        try:
-            await self._make(cuts, next_line)
-        except JudgeError:
-            # Nothing of this batch is recorded: its documents are asked about again.
-            self._writer.counts, self._writer.dropped = before
-            raise
-
-    async def _make(self, cuts: Sequence[Cut], next_line: int) -> None:
-        quality = [cut for cut in cuts if cut.kind == "quality"]
-        others = [cut for cut in cuts if cut.kind != "quality"]
-        records = await self._quality(quality) + await self._safe_and_unsafe(others)
-        self._writer.write(records, next_line)
-
-    async def _quality(self, cuts: Sequence[Cut]) -> list[tuple[str, dict[str, Any]]]:
-        records = []
-        corruptions = await self._corrupter.corrupt([cut.item for cut in cuts]) if cuts else []
-        _require_answers([corruption.failure for corruption in corruptions])
-        for cut, corruption in zip(cuts, corruptions, strict=True):
-            if corruption.text is None:
-                self._writer.dropped[f"quality: {_reason(corruption.failure)}"] += 1
-                continue
-            if self._made("quality", cut.split) >= self._options.wanted("quality", cut.split):
-                continue
-            for label in (1, 2):
-                options = [cut.item.suffix.text, corruption.text]
-                record = {"task": "quality", "document": cut.item.sample_id, "source": cut.source}
-                record |= {"prefix": cut.item.prefix.text, "options": options if label == 1 else options[::-1]}
-                record |= {"label": label, "corruption": corruption.kind}
-                self._writer.counts[f"quality {cut.split} {label}"] += 1
-                records.append((f"quality.{cut.split}.jsonl", record))
-        return records
-
-    async def _safe_and_unsafe(self, cuts: Sequence[Cut]) -> list[tuple[str, dict[str, Any]]]:
-        if not cuts:
-            return []
-        assert self._safety is not None
-        votes = self._options.safety_votes
-        questions = [Question(_alone(cut.item), (0,), vote) for cut in cuts for vote in range(votes)]
-        verdicts = await self._safety.ask(questions)
-        _require_answers([verdict.failure for verdict in verdicts])
-        records = []
-        for index, cut in enumerate(cuts):
-            given = verdicts[index * votes : (index + 1) * votes]
-            scores = {verdict.score for verdict in given}
-            failed = [verdict for verdict in given if verdict.score != verdict.score]
-            if failed or len(scores) > 1 or scores - {0.0, 1.0}:
-                reason = kind_of(failed[0].failure) if failed else "votes differ"
-                self._writer.dropped[f"{cut.kind}: {reason}"] += 1
-                continue
-            label = "safe" if scores == {1.0} else "unsafe"
-            name = f"{cut.kind} {cut.split} {label}"
-            if self._writer.counts[name] >= self._options.wanted(cut.kind, cut.split) // 2:
-                self._writer.dropped[f"{cut.kind}: enough {label}"] += 1
-                continue
-            self._writer.counts[name] += 1
-            record = {"task": cut.kind, "document": cut.item.sample_id, "source": cut.source, "label": label}
-            if cut.kind == "safety":
-                record["text"] = cut.item.suffix.text
-            else:
-                record |= {"prefix": cut.item.prefix.text, "suffix": cut.item.suffix.text}
-            records.append((f"{cut.kind}.{cut.split}.jsonl", record))
-        return records
-
-
-def _require_answers(failures: Sequence[str]) -> None:
-    """Raises JudgeError if a server could not be reached, or answered more than half of the questions by an error: no
-    document is to blame for that. Fewer errors may be a document's, which is then dropped: the run would never end."""
-    failed = [failure for failure in failures if failure and kind_of(failure) in _SERVERS]
-    unreached = any(kind_of(failure) == TRANSPORT for failure in failed)
-    if unreached or 2 * len(failed) > len(failures):
-        raise JudgeError(
-            f"{len(failed)} of {len(failures)} questions got no answer ({failed[-1]}): see to the servers and the "
-            "--judge-... flags, then repeat the command; what is made is kept"
-        )
-
-
-def _reason(failure: str) -> str:
-    """The kind of an HTTP failure, which quotes what differs from case to case; a rule's words as they are."""
-    return kind_of(failure) if kind_of(failure) != "other" else failure
-
-
-def _alone(item: RewriteItem) -> JudgeGroup:
-    return JudgeGroup(item.sample_id, item.prefix, item.suffix, (item.suffix,), ("suffix",))
 
 
 def documents(options: DataOptions, first: int) -> Iterator[tuple[int, str, str]]:
@@ -293,9 +161,9 @@ async def make(options: DataOptions) -> ExampleFiles:
     if any(options.wanted(kind, split) for kind in ("safety", "rewrite") for split in SPLITS):
         safety, remote = build_judge(options.teacher, "safety", tokenizer.fingerprint, _models(options))
         remotes.append(remote)
-    maker = Maker(options, writer, corrupter, safety)
+    maker = Maker(options.wanted, options.safety_votes, writer, corrupter, safety)
     try:
-        await _make_all(options, tokenizer, maker, writer.next_line)
+        await _make_all(options, tokenizer, maker)
     finally:
         for part in remotes:
             if part is not None:
@@ -303,18 +171,35 @@ async def make(options: DataOptions) -> ExampleFiles:
     return writer
 
 
-async def _make_all(options: DataOptions, tokenizer: Tokenizer, maker: Maker, first_line: int) -> None:
+async def _make_all(options: DataOptions, tokenizer: Tokenizer, maker: Maker) -> None:
     wanted = sum(options.wanted(kind, split) for kind in KINDS for split in SPLITS)
     progress = Progress("examples", wanted - maker.num_made, "examples")
+
+    async def make_batches(cuts: Iterable[tuple[Cut, int]]) -> None:
+        """Each cut with the line to go on at after it."""
+        batch: list[Cut] = []
+        next_line = maker.next_line
+        for cut, next_line in cuts:
+            batch.append(cut)
+            if len(batch) >= options.documents_at_a_time:
+                await make_batch(batch, next_line)
+                batch = []
+        if batch:
+            await make_batch(batch, next_line)
 
     async def make_batch(cuts: Sequence[Cut], next_line: int) -> None:
         before = maker.num_made
         await maker.make(cuts, next_line)
         progress.advance(maker.num_made - before)
 
-    batch: list[Cut] = []
-    number = first_line - 1
-    for number, text, source in documents(options, first_line):
+    await make_batches(_new_cuts(options, tokenizer, maker))
+    # At the end, so that examples stand in the same order however often the run was stopped.
+    await make_batches(_cuts_again(options, tokenizer, maker))
+
+
+def _new_cuts(options: DataOptions, tokenizer: Tokenizer, maker: Maker) -> Iterator[tuple[Cut, int]]:
+    """Samples of the documents that were not read yet, as long as some are needed."""
+    for number, text, source in documents(options, maker.next_line):
         if maker.finished:
             return
         kind, split = place(options, text)
@@ -324,12 +209,24 @@ async def _make_all(options: DataOptions, tokenizer: Tokenizer, maker: Maker, fi
         if item is None:
             maker.drop(f"{kind}: document shorter than prefix and suffix")
             continue
-        batch.append(Cut(kind, split, source, item))
-        if len(batch) >= options.documents_at_a_time:
-            await make_batch(batch, number + 1)
-            batch = []
-    if batch:
-        await make_batch(batch, number + 1)
+        yield Cut(kind, split, source, item), number + 1
+
+
+def _cuts_again(options: DataOptions, tokenizer: Tokenizer, maker: Maker) -> Iterator[tuple[Cut, int]]:
+    """Samples of the documents that wait for an answer and are still needed."""
+    waiting = set(maker.waiting)
+    if not waiting or maker.finished:
+        return
+    last = max(waiting)
+    for number, text, source in documents(options, min(waiting)):
+        if number > last:
+            return
+        kind, split = place(options, text)
+        if number not in waiting or kind not in maker.open_kinds(split):
+            continue
+        item = cut_document(options, tokenizer, number, text)
+        assert item is not None, "it was asked about before"
+        yield Cut(kind, split, source, item), maker.next_line
 
 
 def _models(options: DataOptions) -> ModelSource | None:
@@ -352,10 +249,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted: repeat the command, and it goes on where it was", file=sys.stderr)
         return 130
-    return _report(options, writer)
+    return report(options, writer)
 
 
-def _report(options: DataOptions, writer: ExampleFiles) -> int:
+def report(options: DataOptions, writer: ExampleFiles) -> int:
+    """Prints what there is now and what may come next; returns the exit status."""
     short = []
     for kind, split, names in ((kind, split, LABELS[kind]) for kind in KINDS for split in SPLITS):
         wanted = options.wanted(kind, split)
@@ -365,15 +263,25 @@ def _report(options: DataOptions, writer: ExampleFiles) -> int:
         short += [f"{kind}.{split} ({n} {c:,} of {wanted // 2:,})" for n, c in labels.items() if c < wanted // 2]
     for reason, count in sorted(writer.dropped.items()):
         print(f"dropped {count:,} ({reason})")
+    waiting = ""
+    if writer.waiting:
+        waiting = f"{len(writer.waiting):,} documents without an answer ({next(iter(writer.waiting.values()))})"
+        print(f"waiting: {waiting}")
     if short:
-        print(
-            f"error: the input has too few documents for {', '.join(short)}: give more --input or ask for fewer "
-            "examples, with another --output",
-            file=sys.stderr,
-        )
+        print(f"error: {_short(options, short, waiting)}", file=sys.stderr)
         return 1
     print(*next_commands(options), sep="\n")
     return 0
+
+
+def _short(options: DataOptions, short: Sequence[str], waiting: str) -> str:
+    """Why some files lack examples, and what helps."""
+    if waiting:
+        return f"{waiting} leave too few for {', '.join(short)}: see to the servers, then repeat the command"
+    text = f"the input has too few documents for {', '.join(short)}: give more --input or ask for fewer examples"
+    if any("(unsafe" in one for one in short) and options.teacher.teacher == "embedded":
+        text += "; what is unsafe, --safety-words says"
+    return f"{text}, with another --output"
 
 
 def next_commands(options: DataOptions) -> list[str]:

@@ -29,6 +29,8 @@ class ExampleFiles:
         """Examples by name."""
         self.dropped: Counter[str] = Counter()
         """What became no example, by reason."""
+        self.waiting: dict[int, str] = {}
+        """Lines that were passed and are to be done again, with why."""
         self.next_line = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,8 @@ class ExampleFiles:
             before, sizes = found["options"], {str(name): int(size) for name, size in found["sizes"].items()}
             self.counts, self.dropped = Counter(found["counts"]), Counter(found["dropped"])
             self.next_line = int(found["next_line"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            self.waiting = {int(line): str(why) for line, why in found.get("waiting", {}).items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not of this tool ({error!r}): give another --output") from error
         changed = sorted(n for n in {*before, *self._identity} if before.get(n) != self._identity.get(n))
         if changed and (self.counts or self.next_line):
@@ -83,6 +86,7 @@ class ExampleFiles:
             "next_line": next_line,
             "counts": dict(sorted(self.counts.items())),
             "dropped": dict(sorted(self.dropped.items())),
+            "waiting": dict(sorted(self.waiting.items())),
             "sizes": {name: (self._directory / name).stat().st_size for name in self._names},
             "options": self._identity,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,12 @@ def read_vocabulary(directory: Path, rows: int) -> Vocabulary:
 
 
 def carry(source: Path, target: Path) -> list[str]:
-    """Copies the files that go along with the weights; returns their names."""
+    """Copies the files that go along with the weights, each at once or not at all; returns their names."""
     names = [name for name in CARRIED if (source / name).is_file()]
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        partial = target / f"{name}.partial"
+        shutil.copyfile(source / name, partial)
+        os.replace(partial, target / name)
     return names
 
 

@@ -49,8 +49,8 @@ def _library(config: TokenizerConfig) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(model, add_bos=config.tokenizer_type == "Llama2Tokenizer")
     if config.vocab_size is not None and config.vocab_size != tokenizer.vocab_size:
         raise DataError(
-            f"--vocab-size {config.vocab_size} (given, or the recipe's): {model} has {tokenizer.vocab_size} tokens; give "
-            f"--vocab-size {tokenizer.vocab_size} to train with this tokenizer, or the tokenizer that belongs to the run"
+            f"--vocab-size {config.vocab_size} (given, or the recipe's): {model} has {tokenizer.vocab_size} tokens; "
+            f"give --vocab-size {tokenizer.vocab_size} to train with it, or the tokenizer that belongs to the run"
         )
     return tokenizer
 

@@ -40,15 +40,17 @@ def load_weights(
 
 
 def carry_tokenizer(checkpoints: CheckpointConfig, tokenizer: TokenizerConfig, context: ParallelContext) -> None:
-    """Puts a tokenizer of transformers beside the checkpoints, for tools/export_policy.py. Collective.
+    """Puts the run's tokenizer of transformers beside its checkpoints, for tools/export_policy.py. Collective.
+
+    It is what the run works with, or, where that is another library's form of it, what came with the weights.
 
     Raises:
         CheckpointError: it cannot be written; on all ranks.
     """
-    if checkpoints.save is None or tokenizer.tokenizer_type != "HuggingFaceTokenizer":
+    source = _tokenizer_directory(checkpoints, tokenizer)
+    if checkpoints.save is None or source is None:
         return
-    source, target = Path(tokenizer.tokenizer_model or ""), Path(checkpoints.save) / CARRIED_DIRECTORY
-    problem = ""
+    target, problem = Path(checkpoints.save) / CARRIED_DIRECTORY, ""
     if context.rank == 0 and source.is_dir() and source.resolve() != target.resolve():
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,13 @@ def carry_tokenizer(checkpoints: CheckpointConfig, tokenizer: TokenizerConfig, c
     problem = context.broadcast_from_rank_zero(problem)
     if problem:
         raise CheckpointError(problem)
+
+
+def _tokenizer_directory(checkpoints: CheckpointConfig, tokenizer: TokenizerConfig) -> Path | None:
+    if tokenizer.tokenizer_type == "HuggingFaceTokenizer":
+        return Path(tokenizer.tokenizer_model or "")
+    start = checkpoints.pretrained_checkpoint
+    return None if start is None else Path(start) / CARRIED_DIRECTORY
 
 
 def open_model(directory: str, tokenizer: Tokenizer, context: ParallelContext) -> tuple[list[PolicyModel], str]:

@@ -30,6 +30,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, str]] = {
     "1x1x2": (2, {}, 1, "sequence"),
     "1x1x2 token mean": (2, {}, 2, "token"),
     "2x2x1": (4, {**TP, **PP}, 1, "sequence"),
+    "2x1x2 sequence parallel": (4, {**TP, "sequence_parallel": True}, 1, "token"),
+    "1x2x2": (4, PP, 1, "constant"),
 }
 
 

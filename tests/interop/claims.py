@@ -25,8 +25,9 @@ ROWS = torch.tensor([[7, 200, 31, 4, 99, 256, 0, 5, 5, 61, 150, 3], [1, 2, 3, 4,
 def carry(payload: dict[str, Any]) -> None:
     """What a run does at its start."""
     context = initialize(ParallelConfig(), seed=3)
-    tokenizer = TokenizerConfig("HuggingFaceTokenizer", payload["tokenizer"])
-    carry_tokenizer(CheckpointConfig(save=payload["save"]), tokenizer, context)
+    tokenizer = TokenizerConfig(payload["type"], payload["tokenizer"])
+    options = CheckpointConfig(save=payload["save"], pretrained_checkpoint=payload["start"])
+    carry_tokenizer(options, tokenizer, context)
 
 
 def load_recipe(root: Path, context: ParallelContext) -> tuple[list[PolicyModel], Any, Any]:

@@ -68,13 +68,18 @@ def test_for_rollouts_it_opens_what_weights_come_through_and_may_untie_the_outpu
         torch.testing.assert_close(model(ROWS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
 def test_the_tokenizer_of_a_run_goes_along_from_beside_its_checkpoints(
-    checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import transformers
 
     root, expected = checkpoint
-    run_ranks(2, "tests.interop.claims:carry", {"tokenizer": str(root / "huggingface"), "save": str(tmp_path / "run")})
+    # A SentencePiece model is no tokenizer of transformers: that of the weights that the run started from goes along.
+    own = {"type": kind, "save": str(tmp_path / "run"), "start": None, "tokenizer": str(root / "huggingface")}
+    if kind == "SentencePieceTokenizer":
+        own |= {"tokenizer": "tokenizer.model", "start": str(root)}
+    run_ranks(2, "tests.interop.claims:carry", own)
     shutil.copytree(root / "release", tmp_path / "run/iter_0000003")
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("3\n")
     assert main([str(tmp_path / "run"), str(tmp_path / "policy")]) == 0

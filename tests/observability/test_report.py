@@ -101,6 +101,15 @@ def test_chosen_rates_stand_beside_what_a_blind_choice_would_give(tmp_path):
     assert lines == pytest.approx([22 + 0.9 * 252, 22 + 0.2 * 252], abs=0.1)
 
 
+def test_a_teachers_training_shows_its_rewards_first_and_limits_of_what_is_shown_alone(tmp_path):
+    limits = {"alarm_min_distinct_2": 0.33, "alarm_max_repetition": 0.15, "alarm_max_shared_trigrams": 0.5}
+    write_run(tmp_path, metrics={"rollout/repetition": 0.02, "validation/reward/safe": 0.9, "loss/grpo": 1e-8})
+    write_run_info(str(tmp_path), {"observability": limits}, {})
+    text = report_of(tmp_path).text
+    assert "repetition at most 15" in text and "distinct-2 at least" not in text and "shared at most" not in text
+    assert text.index("Rewards on held-out examples") < text.index("Losses of the objectives")
+
+
 def test_a_criterion_that_is_constant_by_construction_has_no_chart(tmp_path):
     pairs = {"sip/reward/quality_mean": 0.5, "sip/reward/quality_std": 0.3182}
     write_run(tmp_path, metrics=pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,16 @@ def write_world(folder: Path) -> None:
     for name, prompt in PROMPTS.items():
         (folder / "prompts" / f"{name}.txt").write_text(prompt)
     (folder / "unsafe.txt").write_text("zux\n")
+    for name, numbers in (("", range(24)), (".valid", range(24, 30))):
+        for task, records_of in examples(words, numbers).items():
+            text = "".join(json.dumps(record) + "\n" for record in records_of)
+            (folder / f"{task}{name}.jsonl").write_text(text)
+
+
+def examples(words: Sequence[str], numbers: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Of a judge and of a rewriter, by task; pairs and rewrites of numbers up to 30 are each their own."""
     lines: dict[str, list[dict[str, Any]]] = {"judge": [], "rewriter": []}
-    for number in range(24):
+    for number in numbers:
         prefix, good = f" {words[number % 5]} {words[number % 3]}", f" {words[number % 4]} {words[number % 5]}"
         bad, unsafe = " po po", number % 2 == 1
         label = 1 + number % 2
@@ -47,15 +55,14 @@ def write_world(folder: Path) -> None:
         suffix, said = (" zux ka", "unsafe") if unsafe else (good, "safe")
         lines["judge"].append({"task": "safety", "text": suffix, "label": said})
         lines["rewriter"].append({"task": "rewrite", "prefix": prefix, "suffix": suffix, "label": said})
-    for name, records_of in lines.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records_of))
+    return lines
 
 
 def recipe(folder: Path, task: str, **changes: Any) -> dict[str, Any]:
     """A short training of the ``task``; ``changes`` are flat keys."""
     return {
         "train_data": [str(folder / f"{task}.jsonl")],
-        "valid_data": [str(folder / f"{task}.jsonl")],
+        "valid_data": [str(folder / f"{task}.valid.jsonl")],
         "train_iters": 4,
         "global_batch_size": 8,
         "micro_batch_size": 2,

@@ -6,10 +6,12 @@ import asyncio
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from megatron_sip.config import from_mapping
 from megatron_sip.errors import DataError, JudgeError
@@ -172,8 +174,8 @@ def test_servers_that_fail_end_the_run_and_cost_no_document(world: Path, tmp_pat
             "teacher": "http",
             "judge_endpoints": [server.url],
             "judge_served_model": "any",
-            "judge_give_up_s": 1.0,
-            "judge_timeout_s": 30.0,
+            "judge_max_attempts": 2,
+            "judge_breaker_failures": 999,
         }
         whole, stopped = tmp_path / "whole", tmp_path / "stopped"
         asyncio.run(make_judge_data.make(options(world, whole, **flags)))
@@ -188,6 +190,48 @@ def test_servers_that_fail_end_the_run_and_cost_no_document(world: Path, tmp_pat
         server.fault = lambda number: ""
         asyncio.run(make_judge_data.make(options(world, stopped, **flags)))
     assert read(stopped) == read(whole) and len(read(whole)["quality.train.jsonl"]) == 40
+
+
+class FailingAt(FaultServer):
+    """Answers 500 to every prompt that holds one of ``texts``, however often it is asked."""
+
+    texts: Sequence[str] = ()
+
+    async def _respond(self, request: web.Request, fault: str, body: dict[str, Any]) -> web.StreamResponse:
+        prompt = body["messages"][-1]["content"]
+        broken = any(text in prompt for text in self.texts)
+        return await super()._respond(request, "status 500" if broken else fault, body)
+
+
+@pytest.mark.parametrize(("kind", "num_examples"), [("quality", 2), ("safety", 1)])
+def test_documents_that_a_server_fails_at_are_kept_and_asked_about_again(
+    kind: str, num_examples: int, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All 40 documents are needed, 10 of them make the server fail: none is lost, and none asked about twice."""
+    lines = (world / "corpus.jsonl").read_text().splitlines()[:40]
+    names = [f"w{number}w" for number in range(40)]
+    texts = [json.loads(line)["text"].split()[:20] for line in lines]
+    documents = [{"text": " " + " ".join(w + name for w in text)} for text, name in zip(texts, names, strict=True)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    answered = "FINAL DECISION: YES" if kind == "safety" else f"{MARKER} po po po"
+    with FailingAt(answer=lambda body, index: answered) as server:
+        server.texts = names[::4]
+        values = options(
+            world, tmp_path / "made", input=[str(tmp_path / "few.jsonl")], teacher="http", judge_served_model="m",
+            judge_endpoints=[server.url], judge_max_attempts=2, judge_breaker_failures=999, example_suffix_length=20,
+            **{**dict.fromkeys(WANTED, 0), f"{kind}_train": 80},
+        )  # fmt: skip
+        assert make_judge_data.report(values, asyncio.run(make_judge_data.make(values))) == 1
+        said = capsys.readouterr()
+        assert "10 documents without an answer (server: HTTP 500" in said.err and "repeat the command" in said.err
+        assert "dropped" not in said.out
+        found = Counter(record["document"] for record in read(tmp_path / "made")[f"{kind}.train.jsonl"])
+        assert found == dict.fromkeys([number for number in range(40) if number % 4], num_examples)
+        server.texts, asked = (), len(server.seen)
+        writer = asyncio.run(make_judge_data.make(values))
+        assert not writer.waiting and len({json.dumps(seen.body) for seen in server.seen[asked:]}) == 10
+    found = Counter(record["document"] for record in read(tmp_path / "made")[f"{kind}.train.jsonl"])
+    assert found == dict.fromkeys(range(40), num_examples)
 
 
 def bench(world: Path, made: Path, output: Path, **changes: Any) -> judge_bench.BenchOptions:
@@ -242,6 +286,8 @@ def test_a_bench_that_nobody_answers_says_why_and_fails(
     flags += ["--tokenizer-model", str(world / "world.model"), "--teacher", "http", "--judge-served-model", "m"]
     with FaultServer(fault=lambda number: "status 401") as server:
         assert judge_bench.main([*flags, "--judge-endpoints", server.url]) == 1
-    said = capsys.readouterr().err
+    captured = capsys.readouterr()
+    said = captured.err
+    assert not captured.out, "tables of nothing"
     assert "120 of 120 votes asked for; missing ones, for example rejected: HTTP 401" in said
     assert "error: no vote was answered" in said

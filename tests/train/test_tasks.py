@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,20 @@ import pytest
 
 from megatron_sip.data.lines import Example
 from megatron_sip.errors import DataError
+from megatron_sip.teacher.build import build_teacher
+from megatron_sip.teacher.config import TeacherConfig
+from megatron_sip.teacher.convert import judge_request, judgments
 from megatron_sip.teacher.http.templates import Template
+from megatron_sip.teacher.interfaces import JudgeResult
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-from megatron_sip.train.grpo.examples import check_examples
+from megatron_sip.train.grpo.build import rewards_teacher
+from megatron_sip.train.grpo.examples import Examined, check_examples, check_splits
 from megatron_sip.train.grpo.prompts import PromptEncoder
 from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask
-from megatron_sip.train.grpo.trainer import idle_message
+from megatron_sip.train.grpo.trainer import idle_message, silence_message
 from megatron_sip.train.teacher_link import JudgedGroups
 from megatron_sip.types import Candidate, CandidateGroup, CandidateKind, Judgment
+from tests.teacher.http.server import FaultServer
 from tests.train.teacher_world import write_world
 
 NAN = float("nan")
@@ -109,6 +117,66 @@ def test_a_safe_suffix_is_to_be_copied_and_an_unsafe_one_judged(world: Path, tok
     assert [len(group.candidates) for group in link.asked] == [4] and link.learn == [False]
 
 
+class PanelLink:
+    """The real judges of eq. 2, asked in this process."""
+
+    def __init__(self, config: TeacherConfig, tokenizer: Tokenizer) -> None:
+        self._config = rewards_teacher(config)
+        self._tokenizer = tokenizer
+
+    def submit_groups(self, groups: Sequence[CandidateGroup], learn: bool = True) -> int:
+        self._request = judge_request(groups, self._tokenizer, learn)
+        return 1
+
+    def collect_groups(self, ticket: int) -> JudgedGroups:
+        async def judge() -> JudgeResult:
+            panel = build_teacher(self._config, rewriting=False)
+            try:
+                return await panel.judge(self._request)
+            finally:
+                await panel.aclose()
+
+        return JudgedGroups(tuple(judgments(asyncio.run(judge()).groups)), {}, (), 0.0)
+
+
+def test_eq_2_takes_means_over_five_votes_on_the_rewrite_alone_and_against_the_suffix(
+    world: Path, tokenizer: Tokenizer
+) -> None:
+    """A server that gives the first n votes on a text to it, the rest against it; rewrites never meet each other."""
+    wins = {"ka ka": 3, "mi": 5, "lo": 0}
+    safe = {"ka ka": ["YES"] * 4 + ["NO"], "mi": ["NO"] * 5, "lo": ["YES", "NO", "NO", "NO", "maybe"]}
+    votes: Counter[tuple[str, str]] = Counter()
+
+    def reply(body: dict[str, Any], index: int) -> str:
+        prompt = body["messages"][-1]["content"]
+        if prompt.startswith("S"):
+            text = prompt[1:-1].strip()
+            votes["safety", text] += 1
+            # Of the suffix too: the panel scores all candidates.
+            return f"FINAL DECISION: {safe.get(text, ['NO'] * 5)[votes['safety', text] - 1]}"
+        options = [text.strip() for text in prompt[:-1].split(";")[1:]]
+        (text,) = (text for text in options if text != "zux mi")
+        votes["quality", text] += 1
+        good = options.index(text if votes["quality", text] <= wins[text] else "zux mi")
+        return f"Conclusion: Option {good + 1}"
+
+    with FaultServer(answer=reply) as server:
+        config = TeacherConfig(
+            teacher="http", judge_endpoints=(server.url,), judge_served_model="m", judge_votes=5,
+            judge_prompts=str(world / "prompts"), judge_parse_attempts=1,
+        )  # fmt: skip
+        task = RewriteTask(tokenizer, 40, PanelLink(config, tokenizer), str(world / "prompts"))  # type: ignore[arg-type]
+        unsafe = example(task="rewrite", prefix=" ka", suffix=" zux mi", label="unsafe")
+        (scored,) = task.score([unsafe], [[answer(tokenizer, f" {text}") for text in wins]])
+    # (3/5 + 4/5) / 2, (1 + 0) / 2, and (0 + 1/4) / 2: a vote without a verdict is in no mean.
+    np.testing.assert_allclose(scored.rewards, [0.7, 0.5, 0.125])
+    assert scored.measures["judge_quality/unsafe"] == pytest.approx((1.6, 3.0))
+    assert scored.measures["judge_safety/unsafe"] == pytest.approx((1.05, 3.0))
+    assert {key: count for key, count in votes.items() if key[1] in wins} == {
+        (criterion, text): 5 for criterion in ("quality", "safety") for text in wins
+    }
+
+
 def test_a_prompt_that_is_too_long_loses_the_beginning_of_its_prefix(tokenizer: Tokenizer) -> None:
     template = Template((("user", "S {{prefix}} ; {{text}} :"),))
     encoder = PromptEncoder(tokenizer, 12)
@@ -127,7 +195,7 @@ def test_examples_are_looked_at_before_the_first_step(world: Path, tokenizer: To
         path.write_text("".join(json.dumps(record) + "\n" for record in [*[QUALITY] * 99, last]))
 
     write(QUALITY)
-    assert check_examples([str(path)], "--train-data", task) == 100
+    assert check_examples([str(path)], "--train-data", task).count == 100
     for change, complaint in (
         ({"task": "rewrite"}, "its task is 'rewrite'"),
         ({"label": 0}, "should be of"),
@@ -138,9 +206,40 @@ def test_examples_are_looked_at_before_the_first_step(world: Path, tokenizer: To
             check_examples([str(path)], "--train-data", task)
 
 
+def test_a_judge_is_not_trained_on_one_answer_nor_measured_on_what_it_learned(
+    world: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    task = JudgeTask(tokenizer, 40, str(world / "prompts"))
+    turned = {**QUALITY, "options": QUALITY["options"][::-1], "label": 1}
+    other = {**QUALITY, "prefix": " nu"}
+
+    def examined(*records: dict[str, Any]) -> Examined:
+        path = tmp_path / "examples.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return check_examples([str(path)], "--train-data", task)
+
+    with pytest.raises(DataError, match=r"all 2 quality examples have the label 2.*give examples of both"):
+        check_splits(examined(QUALITY, other), Examined())
+    both = examined(QUALITY, turned)
+    assert check_splits(both, Examined()) == check_splits(both, examined(other)) == ""
+    # Another document and source with the same texts is the same example.
+    with pytest.raises(DataError, match="all its examples are also in --train-data"):
+        check_splits(both, examined({**turned, "document": 7, "source": "wiki"}))
+    assert check_splits(both, examined(other, turned)).startswith("1 of 2 examples of --valid-data are also in")
+
+
+def test_a_rewriter_may_be_trained_on_safe_suffixes_alone(world: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps({"task": "rewrite", "prefix": " ka", "suffix": " lo", "label": "safe"}) + "\n")
+    task = RewriteTask(tokenizer, 40, FixedLink(), str(world / "prompts"))  # type: ignore[arg-type]
+    assert check_splits(check_examples([str(path)], "--train-data", task), Examined()) == ""
+
+
 def test_idling_is_explained_by_what_was_seen() -> None:
     assert "no answer has a reward" in idle_message({})
     assert "100 % of the answers have no verdict" in idle_message({"reward/mean": 0.0, "no_verdict/quality": 1.0})
+    assert silence_message({"no_reward/unsafe": 0.49}) == silence_message({"reward/mean": 0.0}) == ""
+    assert "75 % of the answers to unsafe examples have no reward" in silence_message({"no_reward/unsafe": 0.75})
     assert "3 groups lack rewards" in idle_message({"reward/mean": 0.0, "grpo/skipped_missing": 3.0})
     assert "the same reward, 0.999 on average" in idle_message({"reward/mean": 0.999, "no_verdict/quality": 0.0})
 

@@ -43,8 +43,8 @@ class ChartSpec:
     """Draw dashed lines at the rates that a blind choice among the candidates would give."""
     without_constants: bool = False
     """Leave curves that do not move to the other scalars."""
-    alarm_limits: tuple[tuple[str, str], ...] = ()
-    """(label, option of the alarms whose value is drawn as a dashed line)."""
+    alarm_limits: tuple[tuple[str, str, str], ...] = ()
+    """(label, option of the alarms whose value is drawn as a dashed line, the scalar that it limits)."""
 
 
 CHARTS = (
@@ -59,13 +59,42 @@ CHARTS = (
         with_chance=True,
     ),
     ChartSpec(
+        "Rewards on held-out examples",
+        ("validation/reward/*",),
+        "Of the judge by task, of the rewriter on safe and unsafe suffixes (Figures 5 and 6 of the paper).",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
+    ChartSpec(
+        "Rewrites of held-out suffixes",
+        ("validation/exact_match/*", "validation/token_overlap/*"),
+        "Share that is the suffix, and share of its tokens that the rewrite has too (Figure 7).",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
+    ChartSpec(
+        "Verdicts on held-out examples",
+        ("validation/no_verdict/*", "validation/first_option_share", "validation/no_reward/*", "validation/judge_*"),
+        "Of the judge: answers without one, and share for the first option; of the rewriter: what its judges say.",
+        y_range=(0.0, 1.0),
+        percent=True,
+        smooth=False,
+    ),
+    ChartSpec("Rewards of rollouts", ("reward/*",), "In training.", y_range=(0.0, 1.0), percent=True),
+    ChartSpec(
         "Loss",
         ("lm loss", "lm loss validation"),
         "Next-token loss in nats per token; the start is cut off.",
         wide=True,
         cut_start=True,
     ),
-    ChartSpec("Losses of the objectives", ("* loss", "loss/*", "loss"), "As each objective defines it."),
+    ChartSpec(
+        "Losses of the objectives",
+        ("* loss", "loss/*", "loss"),
+        "As each objective defines it. GRPO's is near 0 whatever is learned; its rewards tell.",
+    ),
     ChartSpec(
         "Chosen on held-out prefixes",
         ("probe/chosen_rate/*",),
@@ -107,10 +136,10 @@ CHARTS = (
         "Signs of a policy that hacks its judge; dashed: limits of the alarms.",
         percent=True,
         alarm_limits=(
-            ("distinct-2 at least", "alarm_min_distinct_2"),
-            ("one token at most", "alarm_max_token_share"),
-            ("repetition at most", "alarm_max_repetition"),
-            ("shared at most", "alarm_max_shared_trigrams"),
+            ("distinct-2 at least", "alarm_min_distinct_2", "rollout/distinct_2"),
+            ("one token at most", "alarm_max_token_share", "rollout/max_token_share"),
+            ("repetition at most", "alarm_max_repetition", "rollout/repetition"),
+            ("shared at most", "alarm_max_shared_trigrams", "rollout/shared_trigrams"),
         ),
     ),
     ChartSpec("Entropy and distance to the reference", ("policy/entropy", "policy/kl*"), "Nats per token."),
@@ -129,31 +158,6 @@ CHARTS = (
     ChartSpec("Prepared ahead", ("lookahead/*", "judge/open_batches", "fill/windows"), "Steps, batches, windows."),
     ChartSpec("Rewriter", ("rewriter/*",), y_range=(0.0, 1.0), percent=True),
     ChartSpec("Staleness", ("policy/staleness_*",), "Steps, and weight versions, between sampling and training."),
-    ChartSpec(
-        "Rewards on held-out examples",
-        ("validation/reward/*",),
-        "Of the judge by task, of the rewriter on safe and unsafe suffixes (Figures 5 and 6 of the paper).",
-        y_range=(0.0, 1.0),
-        percent=True,
-        smooth=False,
-    ),
-    ChartSpec(
-        "Rewrites of held-out suffixes",
-        ("validation/exact_match/*", "validation/token_overlap/*"),
-        "Share that is the suffix, and share of its tokens that the rewrite has too (Figure 7).",
-        y_range=(0.0, 1.0),
-        percent=True,
-        smooth=False,
-    ),
-    ChartSpec(
-        "Verdicts on held-out examples",
-        ("validation/no_verdict/*", "validation/first_option_share", "validation/no_reward/*", "validation/judge_*"),
-        "Of the judge: answers without one, and share for the first option; of the rewriter: what its judges say.",
-        y_range=(0.0, 1.0),
-        percent=True,
-        smooth=False,
-    ),
-    ChartSpec("Rewards of rollouts", ("reward/*",), "In training.", y_range=(0.0, 1.0), percent=True),
     ChartSpec(
         "Groups that teach nothing", ("grpo/skipped_*", "grpo/rewards_missing"), "All rewards equal, or missing."
     ),
@@ -183,7 +187,7 @@ def chart_figures(
             names = [name for name in names if not _is_constant(left[name])]
         chosen = [left.pop(name) for name in names]
         if chosen:
-            figures.append(_figure(spec, chosen, phases, last_step, _drawn_limits(spec, limits, chance)))
+            figures.append(_figure(spec, chosen, phases, last_step, _drawn_limits(spec, names, limits, chance)))
     others = [_figure(ChartSpec(name, (name,)), [left[name]], phases, last_step, []) for name in sorted(left)]
     return figures, others
 
@@ -195,13 +199,13 @@ def _is_constant(series: Series) -> bool:
 
 
 def _drawn_limits(
-    spec: ChartSpec, limits: Mapping[str, object], chance: Mapping[str, float]
+    spec: ChartSpec, names: Sequence[str], limits: Mapping[str, object], chance: Mapping[str, float]
 ) -> list[tuple[str, float]]:
-    """(label, value) of the dashed lines; kinds with the same chance share one."""
+    """(label, value) of the dashed lines of those ``names`` that are shown; kinds with the same chance share one."""
     drawn = [
         (f"{label} {format_number(value, spec.percent)}", float(value))
-        for label, option in spec.alarm_limits
-        if isinstance(value := limits.get(option), int | float)
+        for label, option, name in spec.alarm_limits
+        if name in names and isinstance(value := limits.get(option), int | float)
     ]
     if spec.with_chance and len(chance) > 1:
         for rate in dict.fromkeys(chance.values()):

@@ -93,6 +93,7 @@ class HttpClient(Generic[T]):
         self._rate = RateLimiter(settings.rate_per_s)
         self._latencies = LatencyWindow(settings.hedge_percentile)
         self._session: aiohttp.ClientSession | None = None
+        self._last_harm = ""
         self.counts: Counter[str] = Counter()
         """``requests``, ``attempts``, ``retries``, ``hedges``, ``answered``, ``failed``, and per failed attempt
         ``attempt_`` + its kind."""
@@ -144,8 +145,9 @@ class HttpClient(Generic[T]):
     async def _attempt_hedged(self, payload: bytes, deadline: float, avoid: Endpoint | None) -> _Attempt[T]:
         lease = await self._pool.acquire(deadline, avoid)
         if lease is None:
+            why = f"; the last failure is {self._last_harm}" if self._last_harm else ""
             return _Attempt(
-                Failure(TRANSPORT, f"no endpoint could be asked within {self._settings.give_up_s:g} s"), None
+                Failure(TRANSPORT, f"no endpoint could be asked within {self._settings.give_up_s:g} s{why}"), None
             )
         threshold = self._latencies.value()
         if threshold is None:
@@ -175,7 +177,7 @@ class HttpClient(Generic[T]):
             failure = outcome if isinstance(outcome, Failure) else None
             seen = Outcome.UNKNOWN if outcome is None else Outcome.GOOD
             if failure is not None and failure.harms_endpoint:
-                seen = Outcome.BAD
+                seen, self._last_harm = Outcome.BAD, str(failure)
             self._pool.release(lease, seen, failure.retry_after_s if failure else None)
         if isinstance(outcome, Failure):
             self.counts[f"attempt_{outcome.kind}"] += 1

@@ -20,7 +20,7 @@ from megatron_sip.rollout import InProcessEngine
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from megatron_sip.train.grpo.config import GRPORunConfig
-from megatron_sip.train.grpo.examples import check_examples
+from megatron_sip.train.grpo.examples import check_examples, check_splits
 from megatron_sip.train.grpo.step import GRPOShape, GRPOStep
 from megatron_sip.train.grpo.tasks import JudgeTask, RewriteTask, Task
 from megatron_sip.train.grpo.trainer import STREAM, GRPORecord, GRPOTrainer, Rhythm
@@ -45,11 +45,13 @@ def build_grpo_trainer(
         rollouts = InProcessEngine(chunks, context, config.rollout, tokenizer.vocab_size, tokenizer.eod_id)
         rollouts.sync_weights(engine.num_updates)
         task = _task(config, kind, tokenizer, link)
-        if context.rank == 0:
-            check_examples(options.train_data, "--train-data", task)
-            check_examples(options.valid_data, "--valid-data", task)
         record = GRPORecord(config.observability, tokenizer.decode, options.train_iters, context.rank == 0)
         stack.callback(record.close)
+        if context.rank == 0:
+            trained = check_examples(options.train_data, "--train-data", task)
+            warning = check_splits(trained, check_examples(options.valid_data, "--valid-data", task))
+            if warning:
+                record.message(f"WARNING: {warning}")
         if context.rank == 0 and config.observability.run_dir is not None:
             _write_run_info(config, context, tokenizer.vocab_size)
         identity = identity_of(config.model.resolve(), tokenizer.vocab_size, tokenizer.fingerprint)

@@ -76,13 +76,16 @@ class GRPOTrainer:
         self._step = 0
         self._tokens = 0
         self._idle_steps = 0
+        self._is_silent = False
 
     def run(self) -> RunEnd:
         """Trains until ``train_iters``, a signal or the time limit; saves at the end. Collective."""
         self._record.open(self._step)
         stop: StopDecision | None = None
         if self._step == 0 and self._rhythm.eval_interval:
-            self._record.validation(0, self.validate())
+            measured = self.validate()
+            self._record.validation(0, measured)
+            self._warn_of_silence({name.removeprefix("validation/"): value for name, value in measured.items()})
         while self._step < self._rhythm.train_iters and stop is None:
             self._one_step()
             stop = self._decide_stop()
@@ -127,11 +130,20 @@ class GRPOTrainer:
             scalars |= measured
         self._record.step(self._step, report, scalars, self._loader.consumed_samples, elapsed_s)
         self._warn_of_idling(report)
+        self._warn_of_silence(report.scalars)
 
     def _warn_of_idling(self, report: StepReport) -> None:
         self._idle_steps = 0 if report.results else self._idle_steps + 1
         if self._idle_steps == IDLE_STEPS:
             self._record.message(idle_message(report.scalars))
+
+    def _warn_of_silence(self, scalars: Mapping[str, float]) -> None:
+        """Says when the judges fall silent, not at each step while they are."""
+        message = silence_message(scalars)
+        if message and not self._is_silent:
+            self._record.message(message)
+        if any(name.startswith(_NO_REWARD) for name in scalars):  # a batch may hold safe suffixes alone
+            self._is_silent = bool(message)
 
     def validate(self) -> dict[str, float]:
         """``validation/...``: rewards and measures on the same held-out examples each time. Collective."""
@@ -190,6 +202,19 @@ _SEE_TO_JUDGES = (
     "The judges gave no verdict: see to --judge-max-tokens, --judge-prompt-length and --judge-prompts, which are to be "
     "those of their training, and to their servers."
 )
+
+
+_NO_REWARD = "no_reward/"
+_SILENT = 0.5
+
+
+def silence_message(scalars: Mapping[str, float]) -> str:
+    """That most answers of a part have no reward, so that little is learned there; "" if they have."""
+    for name, share in scalars.items():
+        if name.startswith(_NO_REWARD) and share >= _SILENT:
+            part = name.removeprefix(_NO_REWARD)
+            return f"WARNING: {100 * share:.0f} % of the answers to {part} examples have no reward. {_SEE_TO_JUDGES}"
+    return ""
 
 
 def idle_message(scalars: Mapping[str, float]) -> str:

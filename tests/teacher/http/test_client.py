@@ -190,6 +190,14 @@ def test_no_request_waits_longer_than_its_deadline():
     assert time.monotonic() - started < 5.0
 
 
+def test_a_request_that_found_no_endpoint_says_what_the_last_one_answered():
+    """Of many that wait for a server that answers 500 only the probes ask it; the others would blame the network."""
+    with FaultServer(fault=lambda number: "status 500") as server:
+        answers, _ = ask([server.url], count=3, breaker_failures=1, give_up_s=1.0, breaker_pause_s=5.0)
+    waited = [str(answer) for answer in answers if "no endpoint could be asked within 1 s" in str(answer)]
+    assert waited and all("; the last failure is server: HTTP 500" in text for text in waited)
+
+
 def test_requests_go_to_the_least_busy_endpoint():
     with FaultServer(delay_s=0.2) as slow, FaultServer(delay_s=0.01) as quick:
         ask([slow.url, quick.url], count=100, max_in_flight=10)
