@@ -195,22 +195,27 @@ class Bench:
         saved = {name: self._policy(name + strength, start, judge, strength) for name, judge in arms.items()}
         saved["start"] = start
         for baseline in ("by-coin", "start"):
-            output = self.arms / f"against-{baseline}{strength}.json"
-            if not output.exists():
-                run(
-                    "tools/evaluate.py",
-                    "--no-untie-embeddings-and-output-weights",
-                    **MODEL,
-                    **self._policy_data(),
-                    checkpoint=saved["by-judge"],
-                    baseline=saved[baseline],
-                    output=output,
-                    judge_model=self.data / "judge.npz",
-                    num_prefixes=600,
-                    temperature=[1.0, 0.8],
-                    train_iters=1,
-                    rollout_batch_size=512,
-                )
+            for cut in ("", "-cut"):
+                output = self.arms / f"against-{baseline}{strength}{cut}.json"
+                if not output.exists():
+                    self._compare(saved["by-judge"], saved[baseline], output, ["--cut-to-shorter"] if cut else [])
+
+    def _compare(self, checkpoint: Path, baseline: Path, output: Path, more: list[str]) -> None:
+        run(
+            "tools/evaluate.py",
+            "--no-untie-embeddings-and-output-weights",
+            *more,
+            **MODEL,
+            **self._policy_data(),
+            checkpoint=checkpoint,
+            baseline=baseline,
+            output=output,
+            judge_model=self.data / "judge.npz",
+            num_prefixes=600,
+            temperature=[1.0, 0.8],
+            train_iters=1,
+            rollout_batch_size=512,
+        )
 
     def _policy(self, name: str, start: Path, judge: Path, strength: str) -> Path:
         return train(

@@ -46,9 +46,12 @@ def parse(argv: Sequence[str]) -> tuple[EvaluationConfig, TrainConfig]:
     """The comparison's own options, and those of the training that the policies come from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(EvaluationConfig):
+        if isinstance(field.default, bool):
+            parser.add_argument(_flag(field.name), help=field.metadata["help"].removesuffix("."), action="store_true")
+            continue
         required = field.default is dataclasses.MISSING
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
+            _flag(field.name),
             help=field.metadata["help"].removesuffix("."),
             type=_TYPES.get(field.name, str),
             required=required,
@@ -63,6 +66,10 @@ def parse(argv: Sequence[str]) -> tuple[EvaluationConfig, TrainConfig]:
     if not config.data.test_data_path:
         raise ConfigurationError("--test-data-path is missing: name a corpus that neither policy was trained on")
     return options, config
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def report(evaluation: Evaluation, options: EvaluationConfig, config: TrainConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -100,8 +100,11 @@ def evaluate(
     replicas: Replicas,
     confidence: float = 0.95,
     seed: int = 0,
+    cut_to_shorter: bool = False,
 ) -> Evaluation:
     """Compares what ``generate_all`` made of this replica's samples with two policies' weights.
+
+    ``cut_to_shorter``: judges see both of a pair cut to the shorter one's length; the guards measure them whole.
 
     Collective: every rank calls it, with judges that answer equally on all ranks of a replica.
     """
@@ -112,12 +115,32 @@ def evaluate(
         coherence = win_rate(coherence_outcomes(first_ours, first_theirs), confidence, seed)
         guards.append(DecodingGuards(name, measure_guards(first_ours), measure_guards(first_theirs), coherence))
         for judge_name, judge in judges.items():
-            own: PairedVerdicts = judge_pairs(judge, samples, ours, theirs)
+            shown = cut_pairs(ours, theirs) if cut_to_shorter else (ours, theirs)
+            own: PairedVerdicts = judge_pairs(judge, samples, *shown)
             verdicts = concatenate_verdicts(replicas.gather_over_data_parallel(own))
             rate = win_rate(verdicts.outcomes, confidence, seed)
             comparisons.append(Comparison(name, judge_name, rate, verdicts.criterion_means()))
     suffixes = _flat(replicas.gather_over_data_parallel([sample.suffix.tolist() for sample in samples]))
     return Evaluation(len(suffixes), tuple(comparisons), tuple(guards), measure_guards(suffixes))
+
+
+def cut_pairs(ours: Continuations, theirs: Continuations) -> tuple[Continuations, Continuations]:
+    """Both continuations of each pair, without what one has beyond the other's end."""
+
+    def cut(continuations: Continuations, others: Continuations) -> Continuations:
+        return [
+            [_cut(own, len(other.tokens)) for own, other in zip(row, other_row, strict=True)]
+            for row, other_row in zip(continuations, others, strict=True)
+        ]
+
+    return cut(ours, theirs), cut(theirs, ours)
+
+
+def _cut(candidate: Candidate, length: int) -> Candidate:
+    scored = candidate.sampling_log_probs
+    return replace(
+        candidate, tokens=candidate.tokens[:length], sampling_log_probs=None if scored is None else scored[:length]
+    )
 
 
 def render_table(evaluation: Evaluation) -> str:

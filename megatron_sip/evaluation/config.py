@@ -27,6 +27,11 @@ class EvaluationConfig:
     num_prefixes: int = option(600, help="Prefixes of --test-data-path that both policies continue.")
     temperature: tuple[float, ...] = option((1.0, 0.8, 0.0), help="Sampling temperatures to compare at; 0 is greedy.")
     num_seeds: int = option(1, help="Continuations per prefix and temperature (greedy: always one).")
+    cut_to_shorter: bool = option(
+        False,
+        help="Cut both continuations of a pair to the shorter one's tokens before they are judged: who goes on for "
+        "longer, or ends sooner, gains nothing by it.",
+    )
     confidence: float = option(0.95, help="Of the intervals, which are over prefixes.")
     output: str | None = option(None, help="JSON file to write the result to.")
 

@@ -38,7 +38,8 @@ def compare_policies(options: EvaluationConfig, config: TrainConfig, context: Pa
     with _open_judges(options, config, policy, context) as judges:
         ours = continuations(options.checkpoint, options.checkpoint_step)
         theirs = continuations(options.baseline, options.baseline_step)
-        return evaluate(samples, ours, theirs, judges, context, options.confidence, config.training.seed)
+        seed, cut = config.training.seed, options.cut_to_shorter
+        return evaluate(samples, ours, theirs, judges, context, options.confidence, seed, cut)
 
 
 def _say_nothing(count: int) -> None:

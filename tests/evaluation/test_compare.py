@@ -72,6 +72,26 @@ def test_every_decoding_is_judged_by_every_judge():
     assert result.comparisons[0].criteria == {"quality": (8.0, 1.0)}
 
 
+@pytest.mark.parametrize(("cut", "outcome", "scores"), [(False, 1.0, (8.0, 5.0)), (True, 0.5, (5.0, 5.0))])
+def test_cut_to_the_shorter_of_a_pair_its_length_gains_nothing(cut, outcome, scores):
+    class Shorter(FakeEngine):
+        def _rollout(self, sample_id, number):
+            candidate = super()._rollout(sample_id, number)
+            return replace(candidate, tokens=candidate.tokens[:5], sampling_log_probs=np.zeros(5))
+
+    def likes_length(groups):
+        return [
+            Judgment(values := np.array([float(len(c.tokens)) for c in g.candidates]), {"n": values}) for g in groups
+        ]
+
+    policy = generate_all(FakeEngine(collapsed=False), SAMPLES, DECODINGS)
+    baseline = generate_all(Shorter(collapsed=False), SAMPLES, DECODINGS)
+    result = evaluate(SAMPLES, policy, baseline, {"length": likes_length}, Alone(), cut_to_shorter=cut)
+    assert [item.win_rate.rate for item in result.comparisons] == [outcome, outcome]
+    assert [item.criteria["n"] for item in result.comparisons] == [scores, scores]
+    assert result.guards[0].policy.length == 8.0, "the guards see all of it"
+
+
 def test_guards_tell_the_policies_apart_and_are_of_one_continuation_per_prefix():
     result = compared(Alone())
     sampled = result.guards[0]
