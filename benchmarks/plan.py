@@ -68,6 +68,13 @@ CONFIGURATIONS: dict[str, tuple[int, int, tuple[int, int], dict[str, Any]]] = {
         {"num_layers": 3, "hidden_size": 448, "num_attention_heads": 7, "ffn_hidden_size": 1216, "seq_length": 384,
          "suffix_length": 64, "global_batch_size": 8, "micro_batch_size": 2, "curriculum": "ntp"},
     ),
+    "G: DPO, hidden 256, K 4, N 32, PP 2": (
+        2, 3000, (100, 200),
+        {**DPO, "num_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "num_query_groups": 4,
+         "ffn_hidden_size": 640, "seq_length": 160, "suffix_length": 32, "min_prefix_length": 32,
+         "candidates": "suffix,rollout:4", "global_batch_size": 16, "micro_batch_size": 2,
+         "curriculum": "ntp=0.5,rollout=0.5", "pipeline_model_parallel_size": 2},
+    ),
 }  # fmt: skip
 """Name -> (ranks, vocabulary, tokens of a document, recipe)."""
 MEASURED = {

@@ -149,17 +149,35 @@ def _pass(share: Share, rows: Rows, times: int, touches: int, logit_touches: int
     scored = rows.scored if share.has_output else 0.0
     activations = layer_activations(arch, share.tp, share.sequence_parallel) * share.num_layers
     logits = scored * share.vocab_size / share.tp * BYTES_FP32
-    # Tensor parallel sums the hidden states twice in a layer, in each direction (Shoeybi et al. 2019, section 3).
-    sums = 2 * share.num_layers * directions if share.tp > 1 else 0
+    sums, summed = _tensor_parallel_sums(share, rows.tokens, scored, directions)
     return Work(
         matmul_flops=times * 2 * (rows.tokens * share.layer_weights + scored * share.output_weights),
         weight_bytes=times * (share.layer_weights + share.output_weights) * width,
         attention_flops=times * 4 * query_width(arch) / share.tp * rows.pairs * share.num_layers,
         moved_bytes=touches * rows.tokens * activations * width + logit_touches * logits,
         launches=share.num_layers,
-        sent_bytes=sums * all_reduce_bytes(rows.tokens * arch.hidden_size * width, share.tp),
+        sent_bytes=all_reduce_bytes(summed, share.tp),
         collectives=sums,
     )
+
+
+def _tensor_parallel_sums(share: Share, tokens: float, scored: float, directions: int) -> tuple[float, float]:
+    """Collectives of a pass and the bytes that they sum.
+
+    Tensor parallel sums the hidden states twice in a layer, in each direction (Shoeybi et al. 2019, section 3), and
+    those that the embedding looks up; the output layer its softmax's denominators and targets (two small ones, in a
+    block of positions at least) and going back the gradient of the hidden states of scored positions.
+    """
+    if share.tp == 1:
+        return 0.0, 0.0
+    hidden = share.architecture.hidden_size * share.weight_bytes
+    sums, summed = 2.0 * share.num_layers * directions + 1, (2 * share.num_layers * directions + 1) * tokens * hidden
+    if share.has_output:
+        sums, summed = (
+            sums + 2 + (directions - 1),
+            summed + scored * 3 * BYTES_FP32 + (directions - 1) * scored * hidden,
+        )
+    return sums, summed
 
 
 def prefill(share: Share, num_groups: int, width: float) -> Work:

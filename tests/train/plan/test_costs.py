@@ -71,10 +71,12 @@ def test_tensor_parallel_ranks_share_products_and_send_hidden_states() -> None:
     rows = Rows(2, 64, 64)
     whole, half = costs.forward(TINY, rows), costs.forward(Share(PRESETS["tiny"], 4, 1000, 4, tp=2), rows)
     assert half.flops == whole.flops / 2
-    # Two sums of [128, 160] float32 in each of 4 layers; a ring of two ranks sends 2 x 1/2 of each.
-    assert (half.collectives, half.sent_bytes) == (8, 8 * 128 * 160 * 4)
+    # Two sums of [128, 160] float32 in each of 4 layers, one of what is looked up; of the 128 positions' softmax a
+    # maximum and two sums. A ring of two ranks sends 2 x 1/2 of each.
+    assert (half.collectives, half.sent_bytes) == (8 + 1 + 2, 9 * 128 * 160 * 4 + 128 * 3 * 4)
     both = costs.train(Share(PRESETS["tiny"], 4, 1000, 4, tp=2), rows, recomputes_logits=False)
-    assert both.collectives == 16
+    # As measured: 16 in the layers, 1 + 2 as above, 1 of the gradient that the output layer gives.
+    assert (both.collectives, both.sent_bytes) == (20, (17 + 1) * 128 * 160 * 4 + 128 * 3 * 4)
     assert costs.all_reduce_bytes(100, 4) == 150
 
 
