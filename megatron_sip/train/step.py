@@ -118,15 +118,20 @@ class StepRunner:
         with self._timers("optimizer"):
             scalars.update(ratios(self._engine.collect_metrics()))
             result = self._engine.optimizer_step()
-            self.sync_rollouts()
+            self._engine.finish_parameter_sync()
         scalars.update(candidate_scalars(self._context, prepared, self._pool))
         scalars["params-norm"] = self._engine.parameter_norm()
         return StepOutcome(result, scalars, round(tokens), preferences, health)
 
     def sync_rollouts(self) -> None:
-        """Rollouts come from the present weights from now on."""
-        self._engine.finish_parameter_sync()
-        self._rollouts.sync_weights(self._engine.num_updates)
+        """Rollouts come from the present weights from now on.
+
+        Raises:
+            RolloutError: servers of rollouts do not take them; on all ranks.
+        """
+        with self._timers("optimizer"):
+            self._engine.finish_parameter_sync()
+            self._rollouts.sync_weights(self._engine.num_updates)
 
     def _preferences(
         self, prepared: PreparedStep, scalars: dict[str, float], save: Callable[[], None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_sip.curriculum import Curriculum, StepPlan, TriggerState
 from megatron_sip.data.loader import SampleLoader
 from megatron_sip.distributed import ParallelContext
 from megatron_sip.engine.engine import Engine
+from megatron_sip.errors import RolloutError
 from megatron_sip.observability.timers import Timers
 from megatron_sip.train.lookahead import Lookahead
 from megatron_sip.train.record import RunRecord
@@ -112,13 +114,16 @@ class Trainer:
 
     def _one_step(self) -> None:
         started = time.perf_counter()
-        self._queue.extend(self._step, self._trigger, self._save_before_pause)
+        with self._saved_if_rollouts_end():
+            self._queue.extend(self._step, self._trigger, self._save_before_pause)
         prepared = self._queue.head(self._step)
         queued = queue_scalars(self._context, self._teacher, len(self._queue) - 1)
         with self._queue.unfinished():
             outcome = self._runner.train(prepared, self._save_before_pause)
             self._queue.done()
         self._tokens += outcome.num_tokens
+        with self._saved_if_rollouts_end(step_is_done=True):
+            self._runner.sync_rollouts()
         elapsed_s = time.perf_counter() - started
         scalars = {**queued, **self._scalars(prepared.plan, outcome, elapsed_s)}
         scalars.update(self._measure_timed())
@@ -182,10 +187,20 @@ class Trainer:
         self._checkpoints.save(self._step, self._build_state, self.state_dict())
 
     def _save_before_pause(self) -> None:
-        """Before this step has changed anything; it is on disk when this returns."""
+        """Between two steps, or before one has changed anything; it is on disk when this returns."""
         if self._checkpoints.due(self._step, last=True):
             self._save()
         self._checkpoints.finish()
+
+    @contextmanager
+    def _saved_if_rollouts_end(self, step_is_done: bool = False) -> Iterator[None]:
+        """A run whose rollout servers do not come back ends (all ranks raise it together), but with what it has."""
+        try:
+            yield
+        except RolloutError:
+            self._step += step_is_done
+            self._save_before_pause()
+            raise
 
     def _build_state(self, *, is_loading: bool, with_optimizer: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """The engine's state in the form in which the checkpoint manager asks for it."""
@@ -198,6 +213,7 @@ class Trainer:
             self._engine.load_state_dict(loaded.state)
             self._resume(loaded)
         self._runner.sync_rollouts()
+        self._timers.pop()  # that was no step's time
         return self._step
 
     def _resume(self, loaded: LoadedCheckpoint) -> None:

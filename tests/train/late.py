@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.train.runs import RecordedRollouts, records
+from megatron_sip.errors import RolloutError
+from tests.train.runs import LostRollouts, RecordedRollouts, records
 
 
 def train_all(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -26,7 +27,8 @@ def train_all(payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _train(config: Any, context: Any, run: dict[str, Any]) -> dict[str, Any]:
-    """``run``: ``recorded`` rollouts; ``stop_on``: words of a message upon which rank 0, and no other, gets SIGTERM."""
+    """``run``: ``recorded`` rollouts, or ``lost`` ones (``LostRollouts``); ``stop_on``: words of a message upon which
+    rank 0, and no other, gets SIGTERM."""
     from megatron_sip.checkpoint import StopSignals
     from megatron_sip.train import build
 
@@ -38,9 +40,15 @@ def _train(config: Any, context: Any, run: dict[str, Any]) -> dict[str, Any]:
     ):
         if run.get("recorded"):
             trainer._queue._preparer.rollouts = RecordedRollouts()
+        if "lost" in run:
+            trainer._queue._preparer.rollouts = trainer._runner._rollouts = LostRollouts(*run["lost"])
         trainer.load()
         pending = [(step.step, step.judged is not None) for step in trainer._queue._queue]
-        end = trainer.run()
+        end: Any = None
+        try:
+            end = trainer.run()
+        except RolloutError as error:
+            said.append(str(error))
         weights = {
             name: parameter.detach().float().numpy().copy()
             for chunk in trainer._engine.chunks

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sip.data.indexed import CorpusMeta, IndexedWriter, open_indexed
+from megatron_sip.errors import RolloutError
 from megatron_sip.teacher.ngram import fit_ngrams
 from megatron_sip.tokenizer import TokenizerConfig, build_tokenizer
 from megatron_sip.types import Candidate, CandidateKind
@@ -113,6 +114,25 @@ class RecordedRollouts:
 
     def sync_weights(self, version: int) -> None:
         pass
+
+
+class LostRollouts(RecordedRollouts):
+    """Stands in for servers that go away for good while weights of a version are handed over, or after it."""
+
+    def __init__(self, version: int, while_handed_over: bool) -> None:
+        self._version = version
+        self._while_handed_over = while_handed_over
+        self._lost = False
+
+    def generate(self, requests: Any) -> list[list[Candidate]]:
+        if self._lost:
+            raise RolloutError("the servers are gone")
+        return super().generate(requests)
+
+    def sync_weights(self, version: int) -> None:
+        self._lost = version == self._version
+        if self._lost and self._while_handed_over:
+            raise RolloutError("the servers are gone")
 
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:

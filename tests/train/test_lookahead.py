@@ -73,7 +73,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(corpora: Path, folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    changes = {key: value for key, value in run.items() if key not in ("recorded", "stop_on")}
+    changes = {key: value for key, value in run.items() if key not in ("recorded", "stop_on", "lost")}
     own = {**SMALL, "run_dir": str(folder), **changes}
     return {**run, "recipe": recipe(corpora, **own)}
 
@@ -291,3 +291,19 @@ def test_sigterm_of_one_rank_ends_the_pause_of_all_and_the_run_goes_on_from_ther
             if name not in theirs and name not in ours:  # a step whose pairs are all ties
                 continue
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-4, err_msg=f"{name} {theirs['step']}")
+
+
+@pytest.mark.parametrize("while_handed_over", [True, False], ids=["weights are handed over", "rollouts are asked for"])
+def test_a_run_whose_rollout_servers_are_lost_for_good_has_saved_all_that_it_trained(
+    while_handed_over: bool, corpora: Path, tmp_path: Path
+) -> None:
+    saved = {"save": str(tmp_path / "saved"), "save_interval": 100, "lookahead": 1, "recorded": True}
+    found = train(
+        corpora, tmp_path, straight={"lookahead": 1, "recorded": True}, lost={**saved, "lost": (3, while_handed_over)},
+        resumed={**saved, "load": saved["save"]},
+    )  # fmt: skip
+    lost = found["lost"]
+    # With the weights of three updates; a run of six steps would have saved at its end.
+    assert lost["end"] is None and lost["said"][-1] == "the servers are gone" and lost["saved"] == ["iter_0000003"]
+    assert found["resumed"]["end"].finished
+    assert_alike(found["resumed"], found["straight"], first_step=4)
