@@ -25,6 +25,7 @@ from megatron_sip.config import load
 from megatron_sip.errors import ConfigurationError, SIPError
 from megatron_sip.evaluation.config import EvaluationConfig
 from megatron_sip.observability.jsonl import finite
+from megatron_sip.train.checks import missing_policy, require_none
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
 from tools._help import HelpFormatter
@@ -62,6 +63,9 @@ def parse(argv: Sequence[str]) -> tuple[EvaluationConfig, TrainConfig]:
     config = load(TrainConfig, rest, prog="evaluate.py")
     if not config.data.test_data_path:
         raise ConfigurationError("--test-data-path is missing: name a corpus that neither policy was trained on")
+    for name in ("checkpoint", "baseline"):
+        directory, step = getattr(options, name), getattr(options, f"{name}_step")
+        require_none(list(missing_policy(f"--{name}", directory, step, f"--{name}-step")))
     return options, config
 
 
