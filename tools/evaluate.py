@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_sip.config import load
 from megatron_sip.errors import ConfigurationError, SIPError
 from megatron_sip.evaluation.config import EvaluationConfig
+from megatron_sip.files import require_folder_of, write_text
 from megatron_sip.observability.jsonl import finite
 from megatron_sip.train.checks import missing_policy, require_none
 from megatron_sip.train.config import TrainConfig
@@ -63,6 +64,8 @@ def parse(argv: Sequence[str]) -> tuple[EvaluationConfig, TrainConfig]:
     config = load(TrainConfig, rest, prog="evaluate.py")
     if not config.data.test_data_path:
         raise ConfigurationError("--test-data-path is missing: name a corpus that neither policy was trained on")
+    if options.output is not None:
+        require_folder_of(Path(options.output), "--output")
     for name in ("checkpoint", "baseline"):
         directory, step = getattr(options, name), getattr(options, f"{name}_step")
         require_none(list(missing_policy(f"--{name}", directory, step, f"--{name}-step")))
@@ -76,10 +79,8 @@ def report(evaluation: Evaluation, options: EvaluationConfig, config: TrainConfi
     print(f"\npolicy   {options.checkpoint}\nbaseline {options.baseline}\n\n{render_table(evaluation)}")
     if options.output is not None:
         content = {"options": dataclasses.asdict(options), "seed": config.training.seed, **evaluation.as_dict()}
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8")
-        print(f"\nwrote {path}")
+        write_text(Path(options.output), json.dumps(finite(content), indent=1) + "\n")
+        print(f"\nwrote {options.output}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
 from megatron_sip.data.card import card_svg, card_text, corpus_cards
 from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
-from megatron_sip.data.indexed import make_folder, write_text
 from megatron_sip.errors import ConfigurationError
+from megatron_sip.files import make_folder, write_text
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from tools._exit import one_line
 from tools._help import HelpFormatter
