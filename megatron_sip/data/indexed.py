@@ -30,6 +30,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _FORMAT_VERSION = 1
+_MOST_IDS = 2**31 - 1
 _FULL_SCAN_BYTES = 256 << 20
 """Without a sidecar, a corpus up to this size is searched for ids beyond the vocabulary; a larger one is sampled."""
 
@@ -288,11 +289,7 @@ def open_indexed(prefix: str, vocab_size: int, fingerprint: str | None = None) -
     ``fingerprint`` None skips the comparison with the sidecar. Raises ``DataError``: a missing, truncated, damaged or
     empty file, an id beyond the vocabulary, or a corpus of another tokenizer.
     """
-    for suffix in (".bin", ".idx"):
-        if prefix.endswith(suffix):
-            raise DataError(f"{prefix}: give the path without {suffix}")
-        if not Path(prefix + suffix).is_file():
-            raise DataError(f"{prefix}{suffix}: no such file; write the corpus with tools/preprocess_data.py")
+    require_files(prefix)
     _check_files(prefix)
     meta = read_meta(prefix)
     if meta is not None and fingerprint is not None and meta.tokenizer_fingerprint != fingerprint:
@@ -310,6 +307,24 @@ def open_indexed(prefix: str, vocab_size: int, fingerprint: str | None = None) -
     if meta is None or fingerprint is None:
         corpus.search_foreign_ids()
     return corpus
+
+
+def open_as_recorded(prefix: str) -> IndexedCorpus:
+    """Open a corpus without its tokenizer, checked against its own sidecar alone. Raises ``DataError`` likewise."""
+    require_files(prefix)
+    meta = read_meta(prefix)
+    if meta is None:
+        return open_indexed(prefix, _MOST_IDS)
+    return open_indexed(prefix, meta.vocab_size, meta.tokenizer_fingerprint)
+
+
+def require_files(prefix: str) -> None:
+    """Raise ``DataError`` unless both files of a corpus are there."""
+    for suffix in (".bin", ".idx"):
+        if prefix.endswith(suffix):
+            raise DataError(f"{prefix}: give the path without {suffix}")
+        if not Path(prefix + suffix).is_file():
+            raise DataError(f"{prefix}{suffix}: no such file; write the corpus with tools/preprocess_data.py")
 
 
 def _check_files(prefix: str) -> None:
