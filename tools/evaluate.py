@@ -64,12 +64,16 @@ def parse(argv: Sequence[str]) -> tuple[EvaluationConfig, TrainConfig]:
     config = load(TrainConfig, rest, prog="evaluate.py")
     if not config.data.test_data_path:
         raise ConfigurationError("--test-data-path is missing: name a corpus that neither policy was trained on")
+    return options, config
+
+
+def require_places(options: EvaluationConfig) -> None:
+    """Raises ConfigurationError or DataError for a checkpoint that is not there, and for an output without a folder."""
     if options.output is not None:
         require_folder_of(Path(options.output), "--output")
     for name in ("checkpoint", "baseline"):
         directory, step = getattr(options, name), getattr(options, f"{name}_step")
         require_none(list(missing_policy(f"--{name}", directory, step, f"--{name}-step")))
-    return options, config
 
 
 def report(evaluation: Evaluation, options: EvaluationConfig, config: TrainConfig) -> None:
@@ -87,6 +91,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     try:
         options, config = parse(argv)
+        require_places(options)
         config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
     except SIPError as error:
         say_once_per_node(error)
