@@ -19,14 +19,14 @@ from megatron_sip.errors import ConfigurationError
 from megatron_sip.files import make_folder, write_text
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from tools._exit import one_line
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 from tools._tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
     defaults = DataConfig()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--data-path", nargs="+", required=True, help="corpora, or a blend: weight path weight path ..."
     )
