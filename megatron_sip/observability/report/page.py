@@ -83,7 +83,8 @@ def alarm_limits(info: Mapping[str, Any]) -> dict[str, object]:
 
 def _subtitle(record: RunRecord) -> str:
     facts = {**record.info.get("facts", {}), **record.info.get("versions", {})}
-    text = " · ".join(f"{name} {value}" for name, value in facts.items())
+    shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in facts.items()}
+    text = " · ".join(f"{name} {value}" for name, value in shown.items())
     return f'<p class="sub">{escape(text)}</p>'
 
 
