@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_sip.config import load
 from megatron_sip.errors import ConfigurationError, SIPError
 from megatron_sip.evaluation.config import EvaluationConfig
+from megatron_sip.files import require_folder_of, write_text
 from megatron_sip.observability.jsonl import finite
+from megatron_sip.train.checks import missing_policy, require_none
 from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.failures import failures_end_the_job, say_once_per_node
 from tools._help import HelpFormatter
@@ -72,6 +74,15 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def require_places(options: EvaluationConfig) -> None:
+    """Raises ConfigurationError or DataError for a checkpoint that is not there, and for an output without a folder."""
+    if options.output is not None:
+        require_folder_of(Path(options.output), "--output")
+    for name in ("checkpoint", "baseline"):
+        directory, step = getattr(options, name), getattr(options, f"{name}_step")
+        require_none(list(missing_policy(f"--{name}", directory, step, f"--{name}-step")))
+
+
 def report(evaluation: Evaluation, options: EvaluationConfig, config: TrainConfig) -> None:
     """Prints the table and writes the JSON file."""
     from megatron_sip.evaluation import render_table
@@ -79,16 +90,15 @@ def report(evaluation: Evaluation, options: EvaluationConfig, config: TrainConfi
     print(f"\npolicy   {options.checkpoint}\nbaseline {options.baseline}\n\n{render_table(evaluation)}")
     if options.output is not None:
         content = {"options": dataclasses.asdict(options), "seed": config.training.seed, **evaluation.as_dict()}
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8")
-        print(f"\nwrote {path}")
+        write_text(Path(options.output), json.dumps(finite(content), indent=1) + "\n")
+        print(f"\nwrote {options.output}")
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status; what a user can mend is printed as one line."""
     try:
         options, config = parse(argv)
+        require_places(options)
         config.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
     except SIPError as error:
         say_once_per_node(error)

@@ -7,7 +7,6 @@ own licence: see PACKAGES and the copyright file that is written beside the text
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import html
 import re
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import DataError
 from tools._exit import one_line
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def _janeaustenr_novels(root: Path) -> Iterator[tuple[str, str]]:
@@ -94,7 +93,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 def main() -> None:
     """Fetch the packages named and say what each gave."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for <package>/*.txt")
     listing = "; ".join(f"{name}: {about}" for name, (about, _) in PACKAGES.items())
     parser.add_argument("--packages", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help=listing)

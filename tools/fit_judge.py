@@ -19,7 +19,7 @@ from megatron_sip.errors import ConfigurationError, DataError, SIPError
 from megatron_sip.teacher.ngram import NgramModel, fit_ngrams
 from megatron_sip.tokenizer.build import build_tokenizer
 from megatron_sip.tokenizer.config import TOKENIZER_TYPES, TokenizerConfig
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX", help="corpora, without .bin")
     parser.add_argument("--output", type=Path, required=True, metavar="NPZ", help="file to write")
     parser.add_argument("--order", type=int, default=4, help="longest n-gram [4]")

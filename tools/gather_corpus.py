@@ -17,12 +17,12 @@ from megatron_sip.data.gather import DEFAULT_PACKAGES, DEFAULT_SPLITS, GatherRep
 from megatron_sip.data.splits import parse_shares
 from megatron_sip.errors import DataError
 from tools._exit import one_line
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for <split>.jsonl and sources.json")
     parser.add_argument(
         "--packages", nargs="+", default=list(DEFAULT_PACKAGES), help="packages to read; stdlib is Python itself"

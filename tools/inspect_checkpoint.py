@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import SIPError
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def main() -> None:
     """Parse the command line and print the description."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("directory", type=Path, help="what --save was, or one iter_* directory")
     parser.add_argument("--step", type=int, help="step to look at; the latest by default")
     parser.add_argument("--optimizer", action="store_true", help="list the optimizer's tensors too")

@@ -14,18 +14,19 @@ import numpy as np
 from megatron_sip.data.build import SUFFIX, build_loader, open_corpora
 from megatron_sip.data.card import card_svg, card_text, corpus_cards
 from megatron_sip.data.config import SAMPLE_CUTS, DataConfig, parse_blend
-from megatron_sip.data.indexed import make_folder, write_text
+from megatron_sip.data.indexed import open_as_recorded, require_files
 from megatron_sip.errors import ConfigurationError
+from megatron_sip.files import make_folder, write_text
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from tools._exit import one_line
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 from tools._tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
     defaults = DataConfig()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--data-path", nargs="+", required=True, help="corpora, or a blend: weight path weight path ..."
     )
@@ -40,6 +41,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which samples")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw document lengths and sources")
     return parser.parse_args()
+
+
+def open_tokenizer(options: argparse.Namespace) -> Tokenizer | None:
+    """That of the flags; None where none is named and no sample is to be decoded."""
+    is_named = options.tokenizer_model is not None or options.tokenizer_type == "NullTokenizer"
+    if not is_named and not options.num_samples:
+        return None
+    if not is_named:
+        raise ConfigurationError(
+            f"--tokenizer-model is missing, to decode {options.num_samples} samples: name the corpus's own, or give "
+            "--num-samples 0"
+        )
+    return build_tokenizer(tokenizer_config(options))
 
 
 def show_samples(options: argparse.Namespace, config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -69,14 +83,17 @@ def main() -> None:
             raise ConfigurationError(f"--num-samples {options.num_samples}: must be at least 0")
         if options.plot is not None:
             make_folder(options.plot.parent)
-        tokenizer = build_tokenizer(tokenizer_config(options))
-        corpora = open_corpora(options.data_path, tokenizer)
-        cards = corpus_cards(corpora, parse_blend(options.data_path)[1], config)
+        paths, weights = parse_blend(options.data_path)
+        for path in paths:
+            require_files(path)
+        tokenizer = open_tokenizer(options)
+        corpora = open_corpora(options.data_path, tokenizer) if tokenizer else [open_as_recorded(p) for p in paths]
+        cards = corpus_cards(corpora, weights, config)
         for card in cards:
             print(card_text(card, config))
         if options.plot is not None:
             write_text(options.plot, card_svg(cards))
-        if options.num_samples:
+        if tokenizer and options.num_samples:
             show_samples(options, config, tokenizer)
 
 

@@ -44,6 +44,7 @@ from megatron_sip.evaluation.judge_bench import (
     cut_off,
     pair_biases,
 )
+from megatron_sip.files import write_bytes
 from megatron_sip.observability.progress import Progress
 from megatron_sip.teacher.build import build_judge
 from megatron_sip.teacher.config import TeacherConfig
@@ -247,9 +248,7 @@ def _write(path: Path, about: Mapping[str, Any] | None, votes: Sequence[Vote], m
         with path.open("ab") as stream:
             stream.write(data)
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    write_bytes(path, data)
 
 
 def describe(about: Mapping[str, Any], votes: Sequence[Vote]) -> str:

@@ -99,11 +99,11 @@ def summary(reader: Reader, chosen: Filter) -> None:
         print("no such verdict")
     for (criterion, judge, model), entry in sorted(found.items()):
         print(f"\n{criterion}: {judge}, model {model}")
-        for name, value in _figures(entry):
+        for name, value in _figures(entry, is_scored=criterion != REWRITER):
             print(f"  {name:<14}{value}")
 
 
-def _figures(entry: JudgeSummary) -> list[tuple[str, str]]:
+def _figures(entry: JudgeSummary, is_scored: bool) -> list[tuple[str, str]]:
     missing = sum(entry.failures.values())
     share = f" ({missing / entry.votes:.2%})" if entry.votes else ""
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(entry.failures.items()))
@@ -111,7 +111,7 @@ def _figures(entry: JudgeSummary) -> list[tuple[str, str]]:
     figures = [
         ("votes", str(entry.votes)),
         ("missing", f"{missing}{share}" + (f": {kinds}" if kinds else "")),
-        ("mean score", f"{entry.total / entry.answered:.4f}" if entry.answered else "-"),
+        ("mean score", f"{entry.total / entry.answered:.4f}" if entry.answered and is_scored else "-"),
         ("cache hits", f"{entry.hits}" + (f" ({entry.hits / asked:.2%} of what was asked)" if asked else "")),
     ]
     shares = (0.5, 0.9, 0.99, 1.0)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import ConfigurationError, SIPError
+from megatron_sip.files import require_folder_of, write_text
 from tools._help import HelpFormatter
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--calibrate", type=Path, metavar="YAML", help="measure this machine and write its file")
     own, rest = parser.parse_known_args(argv)
     try:
+        if own.json is not None:
+            require_folder_of(own.json, "--json")
         if own.calibrate is not None:
             from megatron_sip.train.plan.calibrate import calibrate
 
@@ -77,7 +80,7 @@ def _plan(own: argparse.Namespace, rest: Sequence[str]) -> None:
     budget = _budget(own, rest)
     print(render(budget), end="")
     if own.json is not None:
-        own.json.write_text(json.dumps(budget.as_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(own.json, json.dumps(budget.as_dict(), indent=1) + "\n")
 
 
 def _paper(own: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -94,7 +97,7 @@ def _paper(own: argparse.Namespace, rest: Sequence[str]) -> None:
     print(render_bounds(budgets), end="")
     if own.json is not None:
         content = {name: budget.as_dict() for name, budget in budgets.items()}
-        own.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(own.json, json.dumps(content, indent=1) + "\n")
 
 
 def _budget(own: argparse.Namespace, rest: Sequence[str]) -> Budget:

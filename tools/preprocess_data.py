@@ -24,13 +24,13 @@ from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig
 from megatron_sip.data.sharded import NodePart, merge_shards, preprocess_shards
 from megatron_sip.tokenizer.config import ENGINES
 from tools._exit import one_line
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 from tools._tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     data = parser.add_argument_group("input and output")
     data.add_argument(
         "--input",
@@ -188,8 +188,8 @@ def build_config(options: argparse.Namespace) -> PreprocessConfig:
     )
 
 
-def show(report: PreprocessReport) -> None:
-    """Where every line went."""
+def show(report: PreprocessReport, num_done_before: int = 0, num_written: int = 1) -> None:
+    """Where every line went; shards that were done before count, but their time is not known."""
     for error in report.errors:
         print(f"left out: {error}", file=sys.stderr)
     if report.num_errors > len(report.errors):
@@ -202,7 +202,11 @@ def show(report: PreprocessReport) -> None:
         f"{report.num_lines:,} lines: {report.num_documents:,} documents, {report.num_errors} broken, "
         f"{report.num_blank} blank, {sum(report.dropped.values()):,} dropped"
     )
-    if report.elapsed_s:
+    if not num_written:
+        line += "; already done"
+    elif num_done_before:
+        line += f"; {num_done_before} shards were already done, {report.elapsed_s:.1f} s for the others"
+    elif report.elapsed_s:
         line += f"; {report.elapsed_s:.1f} s, {report.num_text_bytes / 1e6 / report.elapsed_s:.1f} MB/s"
     print(line)
 
@@ -221,6 +225,13 @@ def show_dry_run(result: DryRun) -> None:
         print(f"broken: {error}", file=sys.stderr)
 
 
+def say_what_is_replaced(config: PreprocessConfig) -> None:
+    """Corpora of the same name; they stay as they are until the new ones are whole."""
+    there = [config.prefix(key) for key in config.json_keys if Path(f"{config.prefix(key)}.bin").exists()]
+    if there:
+        print(f"replacing the corpus that is there: {', '.join(there)}", flush=True)
+
+
 def run(options: argparse.Namespace) -> None:
     """What the flags ask for."""
     config = build_config(options)
@@ -231,15 +242,17 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run is not None:
         show_dry_run(dry_run(config, options.dry_run))
     elif options.merge:
+        say_what_is_replaced(config)
         show(merge_shards(config, options.output_dir))
         print(f"wrote {', '.join(config.prefix(key) for key in config.json_keys)}")
     elif options.output_dir is not None:
         part = NodePart(options.shard_index, options.num_shards)
         result = preprocess_shards(config, options.output_dir, part, options.verify, log)
-        show(result.report)
+        show(result.report, result.num_done_before, result.num_written)
         state = "all shards are done: manifest.json" if result.is_complete else "shards of other nodes are not done yet"
         print(f"wrote {result.num_written} of {result.num_shards} shards to {options.output_dir}; {state}")
     else:
+        say_what_is_replaced(config)
         show(preprocess(config, log))
         print(f"wrote {', '.join(config.prefix(key) for key in config.json_keys)}")
 

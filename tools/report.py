@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,12 +9,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import SIPError
 from megatron_sip.observability.report import write_report
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def main() -> None:
     """Parse the command line, write the report, print where it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run_dir", type=Path, help="the --run-dir of a run: has metrics.jsonl")
     parser.add_argument("-o", "--output", type=Path, help="file to write; report.html in the run's folder by default")
     parser.add_argument("--title", default="", help="heading; the folder's name by default")

@@ -5,7 +5,6 @@ Prints, per schedule, what it asks and which share of all pairs' true chosen-min
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -13,12 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.teacher.simulation import World, schedules, simulate
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def main() -> None:
     """Parse the command line, play, print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--prompts", type=int, default=20_000, help="groups of candidates to judge (default 20000)")
     parser.add_argument("--candidates", type=int, default=17, help="candidates of each (default 17)")
     parser.add_argument("--accuracy", type=float, default=0.8, help="of one vote at the median gap (default 0.8)")

@@ -17,18 +17,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sip.data.indexed import make_folder, write_text
 from megatron_sip.data.readers import FORMATS, UTF8_RULES, ReadConfig, expand_inputs, read_file
 from megatron_sip.data.records import BrokenLine, Record, parse_batch
 from megatron_sip.data.splits import OverlapReport, document_key, parse_shares, search_overlap, split_of
 from megatron_sip.errors import ConfigurationError, DataError
+from megatron_sip.files import make_folder, write_text
 from tools._exit import one_line
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--split", action="append", default=[], metavar="NAME=PATH", help="files of a split; repeat it")
     parser.add_argument("--input", nargs="+", default=[], help="a corpus to cut by --splits")
     parser.add_argument("--splits", help="name:share,... such as policy:0.9,test:0.1")

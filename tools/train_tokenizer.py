@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -12,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.errors import SIPError
 from megatron_sip.tokenizer.training import train_sentencepiece
-from tools._help import HelpFormatter
+from tools._help import HelpFormatter, Parser
 
 
 def main() -> None:
     """Train, write the model in one move, say how large it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="jsonl files")
     parser.add_argument("--json-key", default="text", help="field of the text")
     parser.add_argument("--output", type=Path, required=True, help=".model file to write")

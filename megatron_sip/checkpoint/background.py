@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_sip.checkpoint.room import num_bytes, why_unwritten
 from megatron_sip.checkpoint.writing import WritePlan, WriteResults, write
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,14 @@ def write_outcome(planned: WritePlan) -> Outcome:
     try:
         return Outcome(write(planned), planned.error)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-        return Outcome([], planned.error or f"{planned.writer.checkpoint_dir}: {error}")
+        directory = Path(planned.writer.checkpoint_dir)
+        reason = why_unwritten(error, directory, num_bytes(planned.buckets), _written_bytes(planned))
+        return Outcome([], planned.error or f"{directory}: {reason}")
+
+
+def _written_bytes(planned: WritePlan) -> int:
+    paths = [Path(path) for path, _, _ in planned.buckets]
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _write_and_report(planned: WritePlan, receiver: Connection, sender: Connection) -> None:

@@ -209,7 +209,7 @@ class CheckpointManager:
                 layout.remove_leftovers(root)
                 partial.mkdir()
             except OSError as error:
-                return partial, str(error)
+                return partial, f"{error}. {_what_is_left(root)}"
         return partial, ""
 
     def _end_pending(self, outcome: Outcome) -> bool:
@@ -228,6 +228,7 @@ class CheckpointManager:
             error = error or self._publish(step, partial, planned, [o.results for o in gathered])
             if error:
                 shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
+                error = f"{error}. {_what_is_left(partial.parent)}"
         error = self._context.broadcast_from_rank_zero(error)
         if error:
             return self._fail(error)
@@ -266,9 +267,9 @@ class CheckpointManager:
         }
 
     def _fail(self, error: str) -> bool:
-        message = f"the checkpoint could not be saved to {self._config.save}: {error}. Earlier ones are intact"
+        message = f"the checkpoint could not be saved to {self._config.save}: {error}"
         if self._config.on_save_failure == "stop":
-            raise CheckpointError(f"{message}; mend the cause and resume from the latest.")
+            raise CheckpointError(f"{message}; mend the cause and start again.")
         self.num_failures += 1
         if self._context.rank == 0:
             logger.error("%s; training goes on (--on-save-failure continue)", message)
@@ -326,6 +327,17 @@ class CheckpointManager:
         if first:
             raise CheckpointError(first)
         return result
+
+
+def _what_is_left(root: Path) -> str:
+    """Of earlier saves, after one that failed."""
+    try:
+        steps = layout.whole_steps(root)
+    except OSError:
+        return "Earlier ones are intact"
+    if not steps:
+        return "There is no earlier one"
+    return f"Earlier ones are intact: the last whole one is of step {steps[-1]}"
 
 
 def _merge(common: Any, sharded: Any) -> Any:

@@ -104,7 +104,7 @@ def _build_parser(schema: Schema, prog: str | None, description: str, version: s
     group.add_argument("--version", action="version", version=version, help="print the version and exit")
     for section in schema.sections:
         heading = section.name.replace("_", " ")
-        group = parser.add_argument_group(f"{heading} - {section.title}" if section.title else heading)
+        group = parser.add_argument_group(" - ".join(part for part in (heading, section.title) if part))
         for option in section.options:
             _add_option(group, option, schema)
     return parser
@@ -147,7 +147,7 @@ def _metavar(option: Option) -> str:
     kind = without_none(option.annotation)
     choices = _choices(option)
     if choices:
-        names = "{" + ",".join(choices) + "}"
+        names = "{" + ",".join(filter(None, choices)) + "}"
         return names if len(names) <= 26 else "NAME"
     if is_sequence(kind):
         items = [part for part in get_args(kind) if part is not Ellipsis]
@@ -169,7 +169,7 @@ def _choices(option: Option) -> list[str]:
 def _help_text(option: Option) -> str:
     notes = []
     if _metavar(option) == "NAME" and _choices(option):
-        notes.append("one of " + ", ".join(_choices(option)))
+        notes.append("one of " + ", ".join(filter(None, _choices(option))))
     if option.default is dataclasses.MISSING:
         notes.append("required")
     elif option.is_switch:
@@ -178,7 +178,8 @@ def _help_text(option: Option) -> str:
         notes.append(f"default: {_short(to_plain(option.default))}")
     first = option.help.split(" ", 1)[0].rstrip(":,")
     # Sections are written by many hands: all start with a capital, but for the names of values.
-    start = option.help if first in _choices(option) or "_" in first else option.help[:1].upper() + option.help[1:]
+    is_name = first in _choices(option) or "_" in first or first[1:] != first[1:].lower()  # vLLM
+    start = option.help if is_name else option.help[:1].upper() + option.help[1:]
     text = start.removesuffix(".") + (f" [{'; '.join(notes)}]" if notes else "")
     return text.replace("%", "%%")
 

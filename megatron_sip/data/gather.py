@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_sip.data.docstrings import Deduplicator, docstring_groups, without_prompts
-from megatron_sip.data.indexed import make_folder, write_text
 from megatron_sip.data.splits import split_of
 from megatron_sip.data.workers import WorkerLost, WorkerPool
 from megatron_sip.errors import ConfigurationError, DataError
+from megatron_sip.files import make_folder, write_text
 
 STANDARD_LIBRARY = "stdlib"
 DEFAULT_PACKAGES = (

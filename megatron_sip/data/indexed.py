@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 
 from megatron_sip.data.sources import SourceColumn, Sources, sources_path
 from megatron_sip.errors import DataError
+from megatron_sip.files import NO_ROOM, PARTIAL, cannot_write
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _FORMAT_VERSION = 1
-_PARTIAL = ".partial"
+_MOST_IDS = 2**31 - 1
 _FULL_SCAN_BYTES = 256 << 20
 """Without a sidecar, a corpus up to this size is searched for ids beyond the vocabulary; a larger one is sampled."""
 
@@ -81,35 +82,6 @@ def read_meta(prefix: str) -> CorpusMeta | None:
     return meta
 
 
-def cannot_write(path: Path, error: OSError) -> DataError:
-    """What to say of an output that cannot be made."""
-    return DataError(
-        f"{path} cannot be written ({error.strerror}): choose another place, or get the right to write there"
-    )
-
-
-def make_folder(path: Path) -> None:
-    """A folder to write to. Raises ``DataError`` if it cannot be made or written to."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    if not os.access(path, os.W_OK):
-        raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises ``DataError``."""
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
-
-
 class IndexedWriter:
     """Writes a corpus under temporary names and gives it its own at ``close``: a corpus is whole or is not there.
 
@@ -123,10 +95,10 @@ class IndexedWriter:
         self._lengths: list[NDArray[np.int32]] = []
         self.num_documents = 0
         self.num_tokens = 0
-        self._bin_partial = Path(f"{prefix}.bin{_PARTIAL}")
-        self._partials = [self._bin_partial, Path(f"{prefix}.idx{_PARTIAL}"), Path(f"{prefix}.meta.json{_PARTIAL}")]
+        self._bin_partial = Path(f"{prefix}.bin{PARTIAL}")
+        self._partials = [self._bin_partial, Path(f"{prefix}.idx{PARTIAL}"), Path(f"{prefix}.meta.json{PARTIAL}")]
         self._sources: SourceColumn | None = None
-        self._sources_partial = Path(f"{sources_path(prefix)}{_PARTIAL}")
+        self._sources_partial = Path(f"{sources_path(prefix)}{PARTIAL}")
         try:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
             self._bin = open(self._bin_partial, "wb")  # noqa: SIM115  (closed by close or discard)
@@ -214,7 +186,7 @@ class IndexedWriter:
         try:
             action()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in (*NO_ROOM, errno.EFBIG):
                 raise
             written = self.num_tokens * self.dtype.itemsize
             raise DataError(
@@ -317,11 +289,7 @@ def open_indexed(prefix: str, vocab_size: int, fingerprint: str | None = None) -
     ``fingerprint`` None skips the comparison with the sidecar. Raises ``DataError``: a missing, truncated, damaged or
     empty file, an id beyond the vocabulary, or a corpus of another tokenizer.
     """
-    for suffix in (".bin", ".idx"):
-        if prefix.endswith(suffix):
-            raise DataError(f"{prefix}: give the path without {suffix}")
-        if not Path(prefix + suffix).is_file():
-            raise DataError(f"{prefix}{suffix}: no such file; write the corpus with tools/preprocess_data.py")
+    require_files(prefix)
     _check_files(prefix)
     meta = read_meta(prefix)
     if meta is not None and fingerprint is not None and meta.tokenizer_fingerprint != fingerprint:
@@ -339,6 +307,24 @@ def open_indexed(prefix: str, vocab_size: int, fingerprint: str | None = None) -
     if meta is None or fingerprint is None:
         corpus.search_foreign_ids()
     return corpus
+
+
+def open_as_recorded(prefix: str) -> IndexedCorpus:
+    """Open a corpus without its tokenizer, checked against its own sidecar alone. Raises ``DataError`` likewise."""
+    require_files(prefix)
+    meta = read_meta(prefix)
+    if meta is None:
+        return open_indexed(prefix, _MOST_IDS)
+    return open_indexed(prefix, meta.vocab_size, meta.tokenizer_fingerprint)
+
+
+def require_files(prefix: str) -> None:
+    """Raise ``DataError`` unless both files of a corpus are there."""
+    for suffix in (".bin", ".idx"):
+        if prefix.endswith(suffix):
+            raise DataError(f"{prefix}: give the path without {suffix}")
+        if not Path(prefix + suffix).is_file():
+            raise DataError(f"{prefix}{suffix}: no such file; write the corpus with tools/preprocess_data.py")
 
 
 def _check_files(prefix: str) -> None:

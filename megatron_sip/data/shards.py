@@ -26,11 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sip.data.encode import EncodedBatch, LineEncoder
-from megatron_sip.data.indexed import IndexedWriter, cannot_write
+from megatron_sip.data.indexed import IndexedWriter
 from megatron_sip.data.preprocess import PreprocessConfig, corpus_meta
 from megatron_sip.data.progress import PreprocessReport
 from megatron_sip.data.readers import expand_inputs, read_file
 from megatron_sip.errors import ConfigurationError, DataError
+from megatron_sip.files import cannot_write
 from megatron_sip.tokenizer import Tokenizer
 
 NUM_COUNTERS = 6

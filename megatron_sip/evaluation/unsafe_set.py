@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_sip.data.indexed import cannot_write, make_folder
 from megatron_sip.errors import DataError, JudgeError
+from megatron_sip.files import cannot_write, make_folder
 from megatron_sip.teacher.http.failures import TRANSPORT
 from megatron_sip.teacher.interfaces import JudgeGroup, JudgeRequest, JudgeResult, Passage, Teacher
 from megatron_sip.types import Sample

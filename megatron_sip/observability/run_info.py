@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_sip.observability.jsonl import naming
+from megatron_sip.files import write_text
 
 RUN_FILE = "run.json"
 
@@ -47,10 +46,7 @@ def write_run_info(
         "chance": dict(chance or {}),
         "config": dict(config),
     }
-    temporary = folder / (RUN_FILE + ".tmp")
-    with naming(temporary):
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RUN_FILE)
+    write_text(folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_run_info(run_dir: Path) -> dict[str, Any]:

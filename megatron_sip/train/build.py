@@ -19,6 +19,7 @@ from megatron_sip.checkpoint import (
     StopWatch,
     identity_of,
 )
+from megatron_sip.curriculum import Curriculum
 from megatron_sip.curriculum.config import STREAMS
 from megatron_sip.data.build import NEXT_TOKEN, SUFFIX, build_loader
 from megatron_sip.data.loader import SampleLoader
@@ -33,7 +34,6 @@ from megatron_sip.rollout import RolloutEngine
 from megatron_sip.rollout.in_process import InProcessEngine
 from megatron_sip.rollout.vllm.engine import VllmEngine
 from megatron_sip.teacher import TeacherProcess
-from megatron_sip.teacher.http.greeting import complaints
 from megatron_sip.tokenizer import Tokenizer, build_tokenizer
 from megatron_sip.train.checks import check_layout, reference_policy, trains_on, uses_judge, uses_rewriter
 from megatron_sip.train.config import TrainConfig
@@ -42,9 +42,10 @@ from megatron_sip.train.lookahead import Lookahead
 from megatron_sip.train.pending import PendingState
 from megatron_sip.train.prepare import Preparer, StepShape
 from megatron_sip.train.record import RunRecord
+from megatron_sip.train.start import passes_of, repetition, start_line
 from megatron_sip.train.step import StepRunner
 from megatron_sip.train.teacher_link import TeacherLink
-from megatron_sip.train.teacher_start import start_process
+from megatron_sip.train.teacher_start import await_servers, diagnosis, start_process
 from megatron_sip.train.trainer import Schedule, Trainer
 from megatron_sip.train.validation import Validation
 from megatron_sip.train.verdicts import PauseRule, VerdictDesk
@@ -99,14 +100,19 @@ def step_shape(config: TrainConfig, tokenizer: Tokenizer) -> StepShape:
     )
 
 
+def http_roles(config: TrainConfig) -> dict[str, int]:
+    """Roles of the run that servers are asked for, with their votes; none in a replay."""
+    if config.teacher.replay_judgments:
+        return {}
+    return config.teacher.http_roles(uses_judge(config), uses_rewriter(config))
+
+
 def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelContext) -> TeacherProcess | None:
     """The replica's teacher process, on its leader, if the run asks anything of one."""
     if not (uses_judge(config) or uses_rewriter(config)):
         return None
-    if context.rank == 0 and not config.teacher.replay_judgments:
-        roles = config.teacher.http_roles(uses_judge(config), uses_rewriter(config))
-        for line in complaints(config.teacher, roles, os.environ.get(config.teacher.judge_api_key_env, "")):
-            logger.warning(line)
+    if roles := http_roles(config):
+        await_servers(config.teacher, roles, context, logger.warning if context.rank == 0 else _say_nothing)
     return start_process(
         config.teacher,
         config.tokenizer,
@@ -118,12 +124,17 @@ def start_teacher(config: TrainConfig, tokenizer: Tokenizer, context: ParallelCo
     )
 
 
+def _say_nothing(text: str) -> None:
+    """Of the ranks that print nothing."""
+
+
 @contextmanager
 def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSignals) -> Iterator[Trainer]:
     """All parts of a run; what they hold open is closed at the end, however it comes."""
     with ExitStack() as stack:
         parts = _build_parts(config, context, signals, stack)
         curriculum = check_layout(config, context.world_size)
+        _say_what_starts(config, context, curriculum, parts)
         pending = PendingState(
             parts.preparer, parts.link, parts.loader, context, parts.shape.eod_id, _row_sizes(config)
         )
@@ -153,6 +164,17 @@ def build_trainer(config: TrainConfig, context: ParallelContext, signals: StopSi
             decide_stop=parts.decide_stop,
             describe_throughput=_throughput(config, context, parts.policy.tokenizer.vocab_size),
         )
+
+
+def _say_what_starts(config: TrainConfig, context: ParallelContext, curriculum: Curriculum, parts: _Parts) -> None:
+    if context.rank != 0:
+        return
+    size = count_parameters(config.model.resolve(), parts.policy.tokenizer.vocab_size)
+    parts.record.message(start_line(config, curriculum, (context.tp_size, context.pp_size, context.dp_size), size))
+    samples = {name: parts.loader.epoch_length(name) for name in _streams(config)}
+    passes = passes_of(config.training.train_iters, curriculum, samples)
+    if warning := repetition(passes, samples):
+        parts.record.message(f"WARNING: {warning}")
 
 
 @dataclass(frozen=True)
@@ -189,6 +211,7 @@ def _build_parts(config: TrainConfig, context: ParallelContext, signals: StopSig
         config.teacher.judge_timeout_s,
         decide_stop=lambda: watch.decide(context),
         say=record.message,
+        diagnose=lambda: diagnosis(config.teacher, http_roles(config)) if context.rank == 0 else "",
     )
     stack.callback(link.close)
     objective = dataclasses.replace(config.objective, reference_policy=reference_policy(config))

@@ -333,16 +333,31 @@ def missing_checkpoints(checkpoint: CheckpointConfig) -> Iterator[str]:
     if checkpoint.pretrained_checkpoint is not None:
         wanted.append(("--pretrained-checkpoint", checkpoint.pretrained_checkpoint, None, True))
     for flag, directory, step, required in wanted:
-        try:
-            found = resolve(Path(directory), step)
-        except CheckpointError as error:
-            yield f"{flag}: {error}"
-        except OSError as error:
-            yield f"{flag}: {directory} cannot be read ({error.strerror}): give the directory of a run's checkpoints"
-        else:
-            if found is None and required:
-                hint = f"; tools/convert_checkpoint.py to-megatron HF_DIR {directory} makes one of Hugging Face weights"
-                yield f"{flag}: no checkpoint in {directory}{hint if flag == '--pretrained-checkpoint' else ''}"
+        found, problem = _find_checkpoint(flag, directory, step)
+        if problem:
+            yield problem
+        elif found is None and required:
+            hint = f"; tools/convert_checkpoint.py to-megatron HF_DIR {directory} makes one of Hugging Face weights"
+            yield f"{flag}: no checkpoint in {directory}{hint if flag == '--pretrained-checkpoint' else ''}"
+
+
+def missing_policy(flag: str, directory: str, step: int | None, step_flag: str) -> Iterator[str]:
+    """A checkpoint that a tool has under flags of its own."""
+    found, problem = _find_checkpoint(flag, directory, step)
+    if problem:
+        yield problem.replace("--ckpt-step", step_flag)
+    elif found is None:
+        yield f"{flag}: no checkpoint in {directory}; give the folder that a run wrote by --save"
+
+
+def _find_checkpoint(flag: str, directory: str, step: int | None) -> tuple[Path | None, str]:
+    """The whole checkpoint, if there is one, and what is wrong with it, if anything is."""
+    try:
+        return resolve(Path(directory), step), ""
+    except CheckpointError as error:
+        return None, f"{flag}: {error}"
+    except OSError as error:
+        return None, f"{flag}: {directory} cannot be read ({error.strerror}): give the directory of a run's checkpoints"
 
 
 def unwritable(checkpoint: CheckpointConfig, observability: ObservabilityConfig, ledger: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from megatron_sip.train.config import TrainConfig
 from megatron_sip.train.dry_run_report import render
 from megatron_sip.train.estimate import BYTES_FP32, Layout, Precision, Workload, rank_memory
 from megatron_sip.train.sizes import Sizes, device_of, layout_of, precision_of, vocabulary_size
+from megatron_sip.train.start import passes_of
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def examine(config: TrainConfig, world_size: int) -> DryRun:
         phases=phases,
         train_iters=config.training.train_iters,
         corpus_samples=samples,
-        passes=_passes(config, curriculum, samples),
+        passes=passes_of(config.training.train_iters, curriculum, samples),
         missing=tuple(missing),
     )  # fmt: skip
 
@@ -232,16 +233,3 @@ def _corpus_samples(config: TrainConfig, missing: list[str]) -> dict[str, int]:
 
 def _uses_suffixes(config: TrainConfig) -> bool:
     return any(trains_on(config, stream) for stream in ("suffix", "rewrite", "rollout"))
-
-
-def _passes(config: TrainConfig, curriculum: Curriculum, samples: Mapping[str, int]) -> dict[str, float]:
-    """Passes over the corpus; phases that wait are taken to open at the first moment."""
-    opened, start = dict[str, int](), 0
-    for phase in curriculum.phases:
-        opened[phase.name] = start
-        start += phase.steps or 0
-    trigger, consumed = TriggerState(opened), {"ntp": 0, "sip": 0}
-    for step in range(config.training.train_iters):
-        for stream, count in curriculum.plan(step, trigger).counts.items():
-            consumed["ntp" if stream == "ntp" else "sip"] += count
-    return {name: consumed[name] / length for name, length in samples.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_sip.train.start import REPETITION, STREAM_NAMES, repetition
+
 if TYPE_CHECKING:
     from megatron_sip.train.dry_run import DryRun, PhaseFigures
     from megatron_sip.train.sizes import Sizes
@@ -107,10 +109,11 @@ def _render_phase(phase: PhaseFigures, dp: int) -> list[str]:
 
 
 def _render_corpus(run: DryRun) -> list[str]:
-    names = {"ntp": "next-token windows", "sip": "prefix-suffix samples"}
     lines = ["Corpus"]
     for name, length in run.corpus_samples.items():
-        lines.append(f"  {length:,} {names[name]}: {run.passes[name]:.1f} passes")
+        lines.append(f"  {length:,} {STREAM_NAMES[name]}: {run.passes[name]:.1f} passes")
+    if repetition(run.passes, run.corpus_samples):
+        lines.append(f"  WARNING: {REPETITION}")
     if not run.corpus_samples:
         lines.append("  not at hand; --dry-run-corpus-samples N gives the passes over N samples")
     return [*lines, ""]

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_sip.errors import ConfigurationError, SIPError
+from megatron_sip.files import write_text
 from megatron_sip.train.checks import check_layout, require_present
 from megatron_sip.train.config import TrainConfig, load_train_config
 from megatron_sip.train.failures import failures_end_the_job, say_once_per_node, signals_end_the_start
@@ -61,6 +62,4 @@ def _train(config: TrainConfig) -> int:
 
 def _mark_finished(run_dir: Path, step: int) -> None:
     """``finished.json`` says that the run has done all of its steps."""
-    temporary = run_dir / "finished.json.tmp"
-    temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / "finished.json")
+    write_text(run_dir / "finished.json", json.dumps({"step": step}) + "\n")

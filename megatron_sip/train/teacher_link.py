@@ -6,6 +6,7 @@ heartbeats: no rank waits inside a collective for a teacher, and a signal or a t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,10 +94,12 @@ class TeacherLink:
         timeout_s: float,
         decide_stop: Callable[[], StopDecision | None] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
+        diagnose: Callable[[], str] = lambda: "",
     ) -> None:
         """``process``: on the leader the running teacher, elsewhere None. ``timeout_s`` bounds one wait for it.
 
         ``decide_stop``: collective, answers alike on all ranks. ``say``: prints a line on one rank.
+        ``diagnose``: there, what is wrong with the teacher's servers now; takes seconds.
         """
         self._process = process
         self._tokenizer = tokenizer
@@ -106,6 +109,7 @@ class TeacherLink:
         self.timeout_s = timeout_s
         self._decide_stop = decide_stop
         self._say = say
+        self._diagnose = diagnose
         self._next_ticket = 0
         self._submitted_s: dict[int, float] = {}
 
@@ -126,9 +130,11 @@ class TeacherLink:
         """
         return not self._context.any_rank(not self._own_ready(ticket, wait_s))
 
-    def wait(self, ticket: int | None, may_stop: bool = False, timeout_s: float | None = None) -> float | None:
+    def wait(
+        self, ticket: int | None, may_stop: bool = False, timeout_s: float | None = None, reason: str = ""
+    ) -> float | None:
         """Seconds until the teachers of all replicas have answered, not counting what the device still had to do; None
-        after ``timeout_s``. Collective over the job.
+        after ``timeout_s``. Collective over the job. ``reason``: why it may take long, for the lines that say so.
 
         Raises:
             RunStopped: the run is to end and ``may_stop``.
@@ -148,7 +154,9 @@ class TeacherLink:
                     self.stop_if_asked()
                 if now - said >= _SAY_EVERY_S:
                     said = now
-                    self._say(f"waiting for the teacher since {now - started:.0f} s (of {limit_s:g} s)")
+                    limit = "no limit" if limit_s == math.inf else f"of {limit_s:g} s"
+                    why = reason or self._diagnose()
+                    self._say(f"waiting for the teacher since {now - started:.0f} s ({limit}){': ' * bool(why)}{why}")
 
     def stop_if_asked(self) -> None:
         """Collective. Raises RunStopped if the run is to end."""

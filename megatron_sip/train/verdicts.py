@@ -75,9 +75,9 @@ class VerdictDesk:
         while (outage := self._outage(latest)) is not None:
             pause.begin(outage)
             failed = [i for i, verdict in enumerate(judged.verdicts) if verdict.num_failures]
-            self._until_served([prepared.groups[i] for i in failed[:1]], prepared.step)
+            self._until_served([prepared.groups[i] for i in failed[:1]], prepared.step, outage)
             self._recent.clear()
-            latest = self._ask_again([prepared.groups[i] for i in failed], prepared.step, judged)
+            latest = self._ask_again([prepared.groups[i] for i in failed], prepared.step, judged, outage)
             judged = _merged(judged, failed, latest)
         pause.end()
         return Verdicts(judged, waited_s, headroom_s, pause.count, pause.seconds)
@@ -106,7 +106,7 @@ class VerdictDesk:
             places = [place for place, missing in enumerate(rewrites.out_of_order) if missing]
             asked = [samples[place] for place in places]
             again = self._link.submit_rewrites(asked, step) if asked else None
-            self._link.wait(again, may_stop=True, timeout_s=_NO_LIMIT_S)
+            self._link.wait(again, may_stop=True, timeout_s=_NO_LIMIT_S, reason=outage)
             latest = Rewrites((), ()) if again is None else self._link.fetch_rewrites(again, asked)
             rewrites = _with_rewrites(rewrites, places, latest)
         pause.end()
@@ -165,20 +165,22 @@ class VerdictDesk:
             f"the limit is {self._rule.failure_rate:.0%} (--judge-pause-failure-rate){self._example(judged.outage)}"
         )
 
-    def _until_served(self, groups: Sequence[CandidateGroup], step: int) -> None:
+    def _until_served(self, groups: Sequence[CandidateGroup], step: int, outage: str) -> None:
         """Asks for a group of each replica that had failures until most calls succeed."""
         pause_s = _FIRST_RETRY_S
         while True:
             # Running statistics have met these groups.
             ticket = self._link.submit_groups(groups, learn=False, step=step) if groups else None
-            self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
-            own = {"calls": 0.0, "failures": 0.0}
+            self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S, reason=outage)
+            own, latest = {"calls": 0.0, "failures": 0.0}, ""
             if ticket is not None:
-                counts = self._link.fetch_groups(ticket).counts
+                judged = self._link.fetch_groups(ticket)
+                counts, latest = judged.counts, judged.outage
                 own = {"calls": counts["calls"], "failures": sum(counts[f"failures_{kind}"] for kind in OUTAGE)}
             sums = self._context.sum_over_data_parallel(own)
             if sums["failures"] < self._rule.failure_rate * max(1.0, sums["calls"]):
                 return
+            outage = f"{sums['failures']:.0f} of {sums['calls']:.0f} calls failed again{self._example(latest)}"
             self._rest(pause_s)
             pause_s = min(_LAST_RETRY_S, 2 * pause_s)
 
@@ -189,10 +191,12 @@ class VerdictDesk:
             self._link.stop_if_asked()
             time.sleep(min(HEARTBEAT_S, seconds))
 
-    def _ask_again(self, groups: Sequence[CandidateGroup], step: int, judged: JudgedGroups) -> JudgedGroups:
+    def _ask_again(
+        self, groups: Sequence[CandidateGroup], step: int, judged: JudgedGroups, outage: str
+    ) -> JudgedGroups:
         """What is said of ``groups`` this time; a replica without any has nothing counted."""
         ticket = self._link.submit_groups(groups, learn=False, step=step) if groups else None
-        self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S)
+        self._link.wait(ticket, may_stop=True, timeout_s=_NO_LIMIT_S, reason=outage)
         if ticket is None:
             return JudgedGroups((), dict.fromkeys(judged.counts, 0.0), np.zeros(0))
         return self._link.fetch_groups(ticket)

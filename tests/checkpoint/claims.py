@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from megatron_sip.checkpoint import (
     identity_of,
     inspection,
     layout,
+    room,
 )
 from megatron_sip.distributed import ParallelConfig, ParallelContext, initialize
 from megatron_sip.errors import CheckpointError
@@ -101,6 +103,12 @@ def _failures(context: ParallelContext, trainee: Trainee, root: str) -> dict[str
             quick = manager(context, path, async_save=True)
             quick.save(4, trainee.state, COMMON)
             messages[f"{name}_async"] = error_of(quick.finish)
+    with largest_file(50_000 if context.rank == 1 else resource.RLIM_INFINITY), _free_bytes(1_234):
+        messages["full"] = error_of(lambda: manager(context, path).save(4, trainee.state, COMMON))
+        quick = manager(context, path, async_save=True)
+        quick.save(4, trainee.state, COMMON)
+        messages["full_async"] = error_of(quick.finish)
+        messages["first"] = error_of(lambda: manager(context, f"{root}/first").save(4, trainee.state, COMMON))
     with _writers_that_wait(lambda: False):
         quick = manager(context, path, async_save=True)
         quick.save(4, trainee.state, COMMON)
@@ -119,6 +127,17 @@ def _failures(context: ParallelContext, trainee: Trainee, root: str) -> dict[str
     _poll_until_done(quick)
     messages["then"] = quick.last_saved
     return messages
+
+
+@contextmanager
+def _free_bytes(number: int) -> Iterator[None]:
+    """The file system is said to have that many left: what torch raises is the same for every write cut short."""
+    before = room.shutil
+    room.shutil = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=number))
+    try:
+        yield
+    finally:
+        room.shutil = before
 
 
 def _poll_until_done(quick: CheckpointManager) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 
 from megatron_sip.checkpoint import CheckpointConfig, CheckpointManager, ModelIdentity, identity_of, layout, writing
 from megatron_sip.checkpoint.identity import check_identity
+from megatron_sip.checkpoint.room import num_bytes, why_unwritten
 from megatron_sip.errors import CheckpointError
 from megatron_sip.model.presets import PRESETS
 from tests.checkpoint.test_layout import make
@@ -24,6 +28,25 @@ HERE = Path("somewhere/iter_0000010")
 def manager(config: CheckpointConfig) -> CheckpointManager:
     context: Any = SimpleNamespace(rank=0, world_size=1, tp_size=1, pp_size=1, dp_size=1)
     return CheckpointManager(config, context, ModelIdentity(61))
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "written", "message"),
+    [
+        # 1,000 are needed: 400 written and 600 free are enough, 400 and 599 are not.
+        (RuntimeError("[enforce fail] . unexpected pos 704 vs 598"), 599, 400, "the disk is full: 599 bytes are free"),
+        (RuntimeError("[enforce fail] . unexpected pos 704 vs 598"), 600, 400, r"704 vs 598 \(a quota or a limit"),
+        (OSError(errno.ENOSPC, "No space left on device"), 10**9, 0, "the disk is full: 1,000,000,000 bytes are free"),
+        (OSError(errno.EIO, "Input/output error"), 10**9, 0, r"^\[Errno 5\] Input/output error$"),
+    ],
+)
+def test_a_cut_write_is_a_full_disk_where_the_rest_has_no_room(
+    error: Exception, free: int, written: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_sip.checkpoint.room.shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    buckets = [("path", "name", ([(None, io.BytesIO(b"x" * 200))], [(None, torch.zeros(200))]))]
+    assert num_bytes(buckets) == 200 + 4 * 200
+    assert re.search(message, why_unwritten(error, tmp_path, num_bytes(buckets), written))
 
 
 @pytest.mark.parametrize(

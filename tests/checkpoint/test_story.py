@@ -67,8 +67,19 @@ def test_full_disk_is_the_same_clear_error_on_all_ranks(two: list[dict[str, Any]
             message = report["failures"][way]
             assert message.startswith("the checkpoint could not be saved to ") and f"rank {rank}: " in message
             assert "File too large" in message or "failed writing" in message
-            assert "Earlier ones are intact" in message
+            assert "Earlier ones are intact: the last whole one is of step 3;" in message
         assert report["failures"][f"{file}_tolerated"] == (False, 1)
+
+
+def test_a_full_disk_is_said_with_its_free_bytes_whatever_torch_calls_it(two: list[dict[str, Any]]) -> None:
+    for report in two:
+        for way in ("full", "full_async"):
+            message = report["failures"][way]
+            assert "rank 1: " in message and "the disk is full: 1,234 bytes are free there" in message
+            assert "unexpected pos" not in message and "the last whole one is of step 3;" in message
+        # Where nothing was saved before, nothing is promised; where there is room, the limit is.
+        assert "There is no earlier one;" in report["failures"]["first"]
+        assert "the disk is full" not in report["failures"]["shard"]
 
 
 def test_writer_that_dies_or_hangs_is_an_error_on_all_ranks(two: list[dict[str, Any]]) -> None:

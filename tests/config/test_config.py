@@ -306,6 +306,20 @@ def test_help_fits_the_terminal_and_groups_by_section(
     assert "--train-iters" in text and "--lr" not in text
 
 
+def test_help_of_a_section_without_a_name_and_of_empty_choices_has_no_gaps(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Alone:
+        """What to ask."""
+
+        kind: str = option("", help="vLLM servers that are asked", choices=("", "quality", "safety", "factuality-long"))
+
+    with pytest.raises(SystemExit):
+        load(Alone, ["--help"], prog="prog")
+    text = " ".join(capsys.readouterr().out.split())
+    assert " - " not in text.split("recipes and help")[1] and "one of quality, safety, factuality-long" in text
+    assert "vLLM servers" in text
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         load(Root, ["--version"], version="program 1.2.3")

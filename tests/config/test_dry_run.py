@@ -184,6 +184,13 @@ def test_samples_are_counted_where_the_corpus_is_at_hand(tmp_path: Path) -> None
     assert run.vocab_size == 1000  # NullTokenizer adds the end of a document
 
 
+def test_many_passes_are_warned_of_and_few_are_not() -> None:
+    few, many = ({**PAPER, "dry_run_corpus_samples": number} for number in (983520, 983))
+    warning = "WARNING: beyond about 4 passes repeated text teaches less and less"
+    assert warning not in dry_run(train_config_from(few), {"WORLD_SIZE": "64"})[0]
+    assert warning in dry_run(train_config_from(many), {"WORLD_SIZE": "64"})[0]
+
+
 def test_the_report_reads_as_expected() -> None:
     config = train_config_from({**PAPER, "dry_run_corpus_samples": 983520, "rollout_micro_batch_size": 2})
     report, is_ready = dry_run(config, {"WORLD_SIZE": "64"})

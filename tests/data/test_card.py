@@ -71,3 +71,19 @@ def test_the_tool_prints_the_card_draws_it_and_decodes_samples(tmp_path: Path) -
     suffix = shown.split("suffix >>>")[1].split()
     assert suffix in [[str(first + i) for i in range(4)] for first in (14, 18, 22, 26)]
     assert plot.read_text().count('<rect class="length"') == 5  # 1, 2, 4, 8 and 16 tokens and more
+
+
+def test_without_samples_to_decode_no_tokenizer_is_asked_for(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path, [list(range(10, 30)), list(range(40, 45))])
+
+    def inspect(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(TOOL), *flags, "--suffix-length", "4", "--seq-length", "12"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "2 documents, 25 tokens" in inspect("--data-path", prefix, "--num-samples", "0").stdout
+    (tmp_path / "corpus.meta.json").unlink()  # as of another tool
+    assert "2 documents, 25 tokens" in inspect("--data-path", prefix, "--num-samples", "0").stdout
+    # The corpus comes first: a tokenizer would be of no use without it.
+    assert "gone.bin: no such file" in inspect("--data-path", str(tmp_path / "gone")).stderr
+    asked = inspect("--data-path", prefix)
+    assert asked.returncode == 1 and "give --num-samples 0" in asked.stderr and asked.stderr.count("\n") == 1

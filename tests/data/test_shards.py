@@ -106,6 +106,24 @@ def test_finished_shards_are_not_done_again_unless_they_changed(tmp_path: Path) 
     assert digests(tmp_path / "shards") == before
 
 
+def test_what_was_done_before_is_said_and_not_timed_and_a_typo_is_answered_with_the_flag(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "in", num_files=2)
+    tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "999"]
+
+    def tool(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(TOOL), "--input", str(inputs), *tokenizer, *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    first, second = (tool("--output-dir", str(tmp_path / "shards")).stdout for _ in range(2))
+    assert "MB/s" in first and "already done" not in first
+    assert "MB/s" not in second and "0 dropped; already done" in second
+    one, again = (tool("--output-prefix", str(tmp_path / "one")).stdout for _ in range(2))
+    assert "replacing" not in one and f"replacing the corpus that is there: {tmp_path}/one_text_document" in again
+    typo = tool("--output-prefx", "x")
+    assert typo.returncode == 2 and typo.stderr.count("\n") == 1
+    assert typo.stderr.startswith("error: unknown flag --output-prefx (did you mean --output-prefix?)")
+
+
 def test_a_folder_begun_with_other_options_or_inputs_is_refused(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "in", num_files=2)
     run(inputs)

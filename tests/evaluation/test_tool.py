@@ -152,3 +152,22 @@ def test_options_that_cannot_work_are_one_line(flags: list[str], capsys: pytest.
         assert main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_not_there_is_said_by_its_own_flag_before_anything_starts(
+    flags: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("process groups were started")
+
+    monkeypatch.setattr("megatron_sip.distributed.initialize", start)
+    there, gone = str(folder / "a"), str(tmp_path / "gone")
+    for argv, message in (
+        (["--checkpoint", gone, "--baseline", there], f"--checkpoint: no checkpoint in {gone}"),
+        (["--checkpoint", there, "--baseline", gone], f"--baseline: no checkpoint in {gone}"),
+        # Step 7 is the one that was saved.
+        (["--checkpoint", there, "--baseline", there, "--baseline-step", "9"], "load one with --baseline-step 7"),
+    ):
+        assert tool().main([*flags, *argv]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "--load" not in error and error.count("\n") == 1

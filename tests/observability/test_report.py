@@ -11,7 +11,8 @@ import pytest
 from megatron_sip.errors import DataError
 from megatron_sip.observability.metrics import MetricsLog
 from megatron_sip.observability.report import write_report
-from megatron_sip.observability.report.series import Series, mean_of_tenth, smooth, thin
+from megatron_sip.observability.report.charts import _usual, _with_margins
+from megatron_sip.observability.report.series import RunRecord, Series, mean_of_tenth, running_median, smooth, thin
 from megatron_sip.observability.report.svg import Chart, Line, format_number, nice_ticks, render, stack, value_range
 from megatron_sip.observability.run_info import write_run_info
 from megatron_sip.rollout import CandidatePool
@@ -241,3 +242,35 @@ def test_smoothing_thinning_and_tenths_by_hand():
     assert (steps.tolist(), means.tolist()) == ([1.5, 3.5], [1.5, 4.5])
     series = Series("x", np.arange(20.0), np.arange(20.0))
     assert (mean_of_tenth(series, last=False), mean_of_tenth(series, last=True)) == (0.5, 18.5)
+
+
+def test_a_usual_step_is_medians_and_means_of_what_some_steps_do_by_hand():
+    np.testing.assert_array_equal(running_median(np.array([1.0, 1.0, 9.0, 1.0, 2.0]), 3), [1.0, 1.0, 1.0, 2.0, 1.5])
+    steps = np.arange(1.0, 41.0)
+    slow = np.where(steps == 20, 50.0, 2.0)
+    train, evaluation = (
+        Series("timing/train_s", steps, slow),
+        Series("timing/evaluation_s", steps[9::10], np.full(4, 5.0)),
+    )
+    usual = {one.name: one.values for one in _usual([train, evaluation])}
+    # Windows of 40 / 20 = 2 on either side of a step: 3 steps. The slow step is gone; 5 s are 5 / 3 s of each of 3.
+    assert set(usual["timing/train_s"]) == {2.0}
+    np.testing.assert_allclose(usual["timing/evaluation_s"][8:12], [5 / 3, 5 / 3, 5 / 3, 0.0])
+
+
+def test_steps_in_which_the_reference_is_the_policy_have_no_accuracy(tmp_path):
+    log = MetricsLog(str(tmp_path))
+    for step, (margin, accuracy) in enumerate([(0.0, 0.0), (0.5, 1.0), (-0.1, 0.25)], start=1):
+        log.log(step, {"rewards/margins": margin, "rewards/accuracies": accuracy}, step, {"phase": "all"})
+    log.close()
+    kept = _with_margins(RunRecord.read(tmp_path).series())["rewards/accuracies"]
+    assert list(kept.steps) == [2, 3] and list(kept.values) == [1.0, 0.25]
+    assert "every margin exactly 0" in report_of(tmp_path).text
+
+
+def test_a_chart_of_zeros_is_among_the_others_and_numbers_have_separators(tmp_path):
+    write_run(tmp_path, metrics={"lookahead/steps_ahead": 0.0, "judge/open_batches": 0.0})
+    write_run_info(str(tmp_path), {}, {"parameters": 2150592, "device": "cpu"})
+    page = report_of(tmp_path)
+    assert "Prepared ahead" not in page.text and "Other scalars (2)" in page.text
+    assert "parameters 2,150,592 · device cpu" in page.text

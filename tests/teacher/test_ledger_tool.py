@@ -103,3 +103,18 @@ def test_bad_input_is_one_line(base, arguments, words, capsys):
         status = end.code
     error = capsys.readouterr().err
     assert status == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_a_rewriter_gives_no_scores_and_so_has_no_mean(tmp_path, capsys):
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    about = context(sample_id=1, step=0, texts=("the first text", "the second"))
+    ledger.add(
+        "rewriter",
+        JudgeIdentity("rewriter", "m", ""),
+        about,
+        [(asked(0, 0), (), Verdict(0.0, "a rewrite", latency_s=1.0))],
+    )
+    ledger.close()
+    text = run(capsys, "summary", str(path))
+    assert "votes         1" in text and "mean score    -" in text

@@ -2,8 +2,8 @@
 
 Covers: staleness and sample counts of lookahead 0, 1 and 2; 3 and 3 resumed steps equal 6, with verdicts in the
 checkpoint (embedded judge) and with calls in flight (HTTP judge); another number of replicas; fills and their replay;
-faults of every kind, an outage, and SIGTERM in it. Verdicts of the HTTP judge depend on the prompt alone. Does not
-cover TP and PP, which share one leader's answers, or several nodes.
+faults of every kind, an outage, SIGTERM in it, and a resume before it is over. Verdicts of the HTTP judge depend on
+the prompt alone. Does not cover TP and PP, which share one leader's answers, or several nodes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import RankFailure, run_ranks
 from tests.teacher.http.server import FaultServer
 from tests.train.runs import recipe, write_corpora
 
@@ -282,6 +282,12 @@ def test_sigterm_of_one_rank_ends_the_pause_of_all_and_the_run_goes_on_from_ther
         assert rank["run"]["end"].exit_code == 143 and rank["run"]["end"].step == step < 3
         assert any("training pauses" in text for text in rank["run"]["said"])
     assert both[0]["run"]["saved"] == [f"iter_{step:07}"]
+    with FaultServer() as server:
+        gone = server.url
+    away = {**quick, "load": str(tmp_path / "saves"), **http(gone, **quick), "judge_start_wait_s": 0.0}
+    with pytest.raises(RankFailure, match=f"JudgeError: judge endpoint {gone} does not answer .*--judge-start-wait-s"):
+        train(corpora, tmp_path / "away", world_size=2, run=away)
+    assert [path.name for path in (tmp_path / "saves").glob("iter_*")] == [f"iter_{step:07}"]
     with FaultServer(answer=verdict) as server:
         resumed = {**quick, "load": str(tmp_path / "saves"), **http(server, **quick)}
         found = train(corpora, tmp_path / "one", run=resumed)["run"]

@@ -40,14 +40,18 @@ class ScriptedLink:
         self._answers = list(answers)
         self._late = late
         self.asked: list[list[str]] = []
+        self.reasons: list[str] = []
 
     def submit_groups(self, groups: Sequence[Any], learn: bool = True, step: int | None = None) -> int:
         assert not learn and step == 7
         self.asked.append(list(groups))
         return len(self.asked)
 
-    def wait(self, ticket: int | None, may_stop: bool = False, timeout_s: float | None = None) -> float | None:
+    def wait(
+        self, ticket: int | None, may_stop: bool = False, timeout_s: float | None = None, reason: str = ""
+    ) -> float | None:
         assert may_stop
+        self.reasons.append(reason)
         return None if self._late and timeout_s is None else 0.25
 
     def fetch_groups(self, ticket: int) -> JudgedGroups:
@@ -108,6 +112,9 @@ def test_few_failures_are_left_missing_and_pause_nothing() -> None:
 def test_an_outage_saves_probes_until_served_and_asks_again_what_failed_and_only_that() -> None:
     desk = Desk(answer(10, 0, 10), answer(10), answer(0), answer(0, 1, score=3.0))
     found = desk.collect()
+    # What is said while a probe keeps the run waiting is what the one before it met.
+    assert "67% of 30 judge calls failed" in desk.link.reasons[1] and "transport: why" in desk.link.reasons[1]
+    assert desk.link.reasons[2] == "10 of 10 calls failed again; for example transport: why"
     # A probe of the first failed group fails, the next succeeds; then both failed groups are asked.
     assert desk.link.asked == [["a"], ["a"], ["a", "c"]]
     assert desk.saves == 1 and found.num_pauses == 1

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from html import escape
 
+import numpy as np
+
 from megatron_sip.observability.metrics import CONSUMED_SAMPLES
-from megatron_sip.observability.report.series import Phase, Series, smooth, thin
+from megatron_sip.observability.report.series import Phase, Series, filled, running_median, smooth, thin, without_steps
 from megatron_sip.observability.report.svg import (
     LEFT,
     MAX_POINTS,
@@ -123,7 +125,14 @@ CHARTS = (
         ("rewards/margins", "rewards/chosen", "rewards/rejected"),
         "β times the log-ratio to the reference, nats.",
     ),
-    ChartSpec("DPO accuracy", ("rewards/accuracies",), "Pairs with a positive margin.", (0.0, 1.0), percent=True),
+    ChartSpec(
+        "DPO accuracy",
+        ("rewards/accuracies",),
+        "Pairs with a positive margin. Steps right after a sync of the reference are left out: the policy is the "
+        "reference then, and every margin exactly 0.",
+        (0.0, 1.0),
+        percent=True,
+    ),
     ChartSpec("Log-probs of chosen and rejected", ("logps/*",), "Sum over a continuation, nats."),
     ChartSpec(
         "Guards of the rollouts",
@@ -146,7 +155,13 @@ CHARTS = (
     ChartSpec("Length of the rollouts", ("rollout/length",), "Tokens."),
     ChartSpec("Throughput", ("tokens_per_s", "rollout/tokens_per_s"), "Tokens per second, all ranks.", smooth=False),
     ChartSpec("Device use", ("mfu",), "Model FLOP/s over the peak.", percent=True),
-    ChartSpec("Where a step's time goes", ("timing/*_s",), "Seconds per step.", stacked=True),
+    ChartSpec(
+        "Where a step's time goes",
+        ("timing/train_s", "timing/rollout_s", "timing/reference_s", "timing/*_s"),
+        "Seconds per step, the median over a twentieth of the steps; what only some steps do, such as evaluation, is "
+        "spread over all.",
+        stacked=True,
+    ),
     ChartSpec("Learning rate", ("learning-rate",), smooth=False),
     ChartSpec("Gradient norm", ("grad-norm",), "Before clipping.", smooth=False),
     ChartSpec("Curriculum", ("curriculum/*",), "Weights and sample counts of the streams.", smooth=False),
@@ -179,17 +194,30 @@ def chart_figures(
 
     ``limits``: values of the alarms' options. ``chance``: kind of candidate -> its rate if the choice were blind.
     """
-    left = {name: values for name, values in series.items() if name not in _NOT_SHOWN}
-    figures = []
+    left = {name: values for name, values in _with_margins(series).items() if name not in _NOT_SHOWN}
+    figures, zeros = [], dict[str, Series]()
     for spec in CHARTS:
         names = _matching(spec.patterns, left)
         if spec.without_constants:
             names = [name for name in names if not _is_constant(left[name])]
         chosen = [left.pop(name) for name in names]
-        if chosen:
+        if not any(values.values.any() for values in chosen):
+            zeros |= {values.name: values for values in chosen}
+        else:
             figures.append(_figure(spec, chosen, phases, last_step, _drawn_limits(spec, names, limits, chance)))
+    left |= zeros  # a chart without anything but 0 says less than its place costs
     others = [_figure(ChartSpec(name, (name,)), [left[name]], phases, last_step, []) for name in sorted(left)]
     return figures, others
+
+
+def _with_margins(series: Mapping[str, Series]) -> Mapping[str, Series]:
+    """The accuracies without the steps in which no margin can be positive, as the reference is the policy."""
+    accuracies, margins = series.get("rewards/accuracies"), series.get("rewards/margins")
+    if accuracies is None or margins is None:
+        return series
+    kept = without_steps(accuracies, margins.steps[margins.values == 0.0])
+    rest = {name: values for name, values in series.items() if name != accuracies.name}
+    return {**rest, kept.name: kept} if len(kept.steps) else rest
 
 
 def _is_constant(series: Series) -> bool:
@@ -233,7 +261,7 @@ def _figure(
     limits: Sequence[tuple[str, float]],
 ) -> str:
     lines = []
-    for index, series in enumerate(chosen):
+    for index, series in enumerate(_usual(chosen) if spec.stacked else chosen):
         kind = series.name.rsplit("/", 1)[-1]
         color = _KIND_COLORS.get(kind, index) % NUM_COLORS
         window = max(1, len(series.values) // 20)
@@ -261,6 +289,24 @@ def _figure(
         f'<figure class="card{" wide" if spec.wide else ""}"><figcaption>{escape(spec.title)}</figcaption>{note}'
         f'<ul class="legend">{legend}</ul><div class="plot">{render(chart)}</div>{_hover_data(chart)}</figure>'
     )
+
+
+def _usual(chosen: Sequence[Series]) -> list[Series]:
+    """What a usual step is made of, over a twentieth of the steps: medians, which a single slow step does not move, and
+    means of what is done every so many steps, which a median would not show."""
+    whole = filled(chosen)
+    window = len(whole[0].steps) // 20
+    if window <= 1:
+        return whole
+    return [
+        Series(one.name, one.steps, (smooth if _is_rare(one) else running_median)(one.values, window)) for one in whole
+    ]
+
+
+def _is_rare(series: Series) -> bool:
+    """Whether it has a value in fewer than half of the steps from its first to its last."""
+    at = np.flatnonzero(series.values)
+    return len(at) > 0 and 2 * len(at) < at[-1] - at[0] + 1
 
 
 def _step_range(chosen: Sequence[Series], last_step: int) -> tuple[float, float]:

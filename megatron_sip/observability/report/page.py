@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sip.errors import DataError
+from megatron_sip.files import require_folder_of, write_text
 from megatron_sip.observability.metrics import CONSUMED_SAMPLES, METRICS_FILE
 from megatron_sip.observability.progress import format_duration
 from megatron_sip.observability.report.charts import chart_figures
@@ -27,14 +28,16 @@ _KIND_CLASSES = {"suffix": "c0", "rewrite": "c1", "rollout": "c2"}
 def write_report(run_dir: Path, output: Path | None = None, title: str = "") -> Path:
     """Write the report of the run in ``run_dir`` and return its path, ``run_dir/report.html`` unless given.
 
-    Raises DataError if the folder has no metrics: then it is not a run's folder, or no step was finished.
+    The file appears whole, or an earlier one stays. Raises DataError if the folder has no metrics (then it is not a
+    run's folder, or no step was finished), and if the report cannot be written.
     """
+    if output is not None:
+        require_folder_of(output, "-o")
     record = RunRecord.read(run_dir)
     if not record.metrics:
         raise DataError(f"{run_dir / METRICS_FILE} has no steps: give the --run-dir of a run that finished a step")
     path = output or run_dir / REPORT_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page(record, title or run_dir.resolve().name), encoding="utf-8", errors="replace")
+    write_text(path, render_page(record, title or run_dir.resolve().name), errors="replace")
     return path
 
 
@@ -80,7 +83,8 @@ def alarm_limits(info: Mapping[str, Any]) -> dict[str, object]:
 
 def _subtitle(record: RunRecord) -> str:
     facts = {**record.info.get("facts", {}), **record.info.get("versions", {})}
-    text = " · ".join(f"{name} {value}" for name, value in facts.items())
+    shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in facts.items()}
+    text = " · ".join(f"{name} {value}" for name, value in shown.items())
     return f'<p class="sub">{escape(text)}</p>'
 
 

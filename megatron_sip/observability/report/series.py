@@ -104,6 +104,30 @@ def smooth(values: Values, window: int) -> Values:
     return means
 
 
+def running_median(values: Values, window: int) -> Values:
+    """Centred moving median, which a single slow step does not move; at the ends over what there is of the window."""
+    half = window // 2
+    index = range(len(values))
+    return np.array([np.median(values[max(0, at - half) : at + half + 1]) for at in index], dtype=np.float64)
+
+
+def filled(series: Sequence[Series]) -> list[Series]:
+    """The same series over the steps of them all; one that has no value at a step has 0 there."""
+    steps = np.unique(np.concatenate([one.steps for one in series]))
+    whole = []
+    for one in series:
+        values = np.zeros(len(steps))
+        values[np.searchsorted(steps, one.steps)] = one.values
+        whole.append(Series(one.name, steps, values))
+    return whole
+
+
+def without_steps(series: Series, steps: Values) -> Series:
+    """What is left of a series without its values at ``steps``."""
+    kept = ~np.isin(series.steps, steps)
+    return Series(series.name, series.steps[kept], series.values[kept])
+
+
 def thin(steps: Values, values: Values, max_points: int) -> tuple[Values, Values]:
     """At most ``max_points`` points: the means of equally many neighbours each."""
     if len(steps) <= max_points:

@@ -71,6 +71,9 @@ class HttpOptions:
     judge_parse_attempts: int = option(2, help="times to ask for a verdict that cannot be parsed before it is missing")
     judge_api_key_env: str = option("JUDGE_API_KEY", help="environment variable that holds the servers' API key")
     judge_max_in_flight: int = option(512, help="requests under way per data-parallel replica")
+    judge_start_wait_s: float = option(
+        300.0, help="seconds to wait at the start for servers that do not answer yet; 0: none, that is an error at once"
+    )
     judge_connect_timeout_s: float = option(10.0, help="seconds to connect")
     judge_read_timeout_s: float = option(180.0, help="seconds of silence before an attempt fails")
     judge_request_timeout_s: float = option(240.0, help="seconds of one attempt")
@@ -115,7 +118,10 @@ class HttpOptions:
         for name in ("judge_max_in_flight", "judge_max_attempts", "judge_parse_attempts", "judge_breaker_failures"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{_flag(name)} is {getattr(self, name)}: give at least 1")
-        for name in (f.name for f in fields(HttpOptions) if f.name.endswith("_s")):
+        if not self.judge_start_wait_s >= 0:
+            raise ConfigurationError(f"judge-start-wait-s is {self.judge_start_wait_s}: give 0 or more seconds")
+        seconds = {f.name for f in fields(HttpOptions) if f.name.endswith("_s")} - {"judge_start_wait_s"}
+        for name in sorted(seconds):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{_flag(name)} is {getattr(self, name)}: give a number of seconds above 0")
         if roles and self.judge_give_up_s >= timeout_s:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_sip.errors import ConfigurationError, SIPError
+from megatron_sip.files import write_text
 from megatron_sip.train.failures import failures_end_the_job, say_once_per_node, signals_end_the_start
 from megatron_sip.train.grpo.checks import require_present
 from megatron_sip.train.grpo.config import GRPORunConfig, load_grpo_config
@@ -59,9 +60,7 @@ def _mark_finished(config: GRPORunConfig, task: str, step: int) -> None:
     """Writes ``finished.json``, which says that the run has done all of its steps, and prints what may come next."""
     if config.observability.run_dir is not None:
         finished = Path(config.observability.run_dir) / "finished.json"
-        temporary = finished.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-        os.replace(temporary, finished)
+        write_text(finished, json.dumps({"step": step}) + "\n")
     for line in next_commands(config, task):
         print(line, flush=True)
 

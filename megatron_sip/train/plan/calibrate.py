@@ -22,6 +22,7 @@ import torch
 from megatron_sip.config import to_yaml
 from megatron_sip.distributed import ParallelConfig, device_memory_bytes, initialize, linear, synchronize
 from megatron_sip.errors import ConfigurationError
+from megatron_sip.files import require_folder_of, write_text
 from megatron_sip.train.plan import costs
 from megatron_sip.train.plan.fit import Sample, fit_pace, predicted
 from megatron_sip.train.plan.hardware import DeviceConfig, EfficiencyConfig, Hardware, LinkConfig
@@ -47,12 +48,12 @@ def calibrate(path: Path, arguments: Sequence[str]) -> None:
     """Measures and writes ``path``; prints what it does and how well the fit meets its own measurements.
 
     Raises:
-        ConfigurationError: further flags, or a folder that does not exist.
+        ConfigurationError: further flags.
+        DataError: a folder that does not exist, or a file that cannot be written.
     """
     if arguments:
         raise ConfigurationError(f"--calibrate takes no other flags, not {' '.join(arguments)}: the runs are its own")
-    if not path.parent.is_dir():
-        raise ConfigurationError(f"--calibrate {path}: there is no folder {path.parent}; make it first")
+    require_folder_of(path, "--calibrate")
     context = initialize(ParallelConfig(), seed=1)
     on_gpu = context.device.type == "cuda"
     _say("peaks of products and copies")
@@ -73,7 +74,7 @@ def calibrate(path: Path, arguments: Sequence[str]) -> None:
     )  # fmt: skip
     hardware.efficiency.validate()
     hardware.validate()
-    path.write_text(f"# Written by tools/plan.py --calibrate on {date.today()}.\n{to_yaml(hardware)}", encoding="utf-8")
+    write_text(path, f"# Written by tools/plan.py --calibrate on {date.today()}.\n{to_yaml(hardware)}")
     _say(f"wrote {path}")
     context.shutdown()
 

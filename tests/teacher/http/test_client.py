@@ -13,7 +13,7 @@ from megatron_sip.teacher.http.client import ChatClient, ClientSettings
 from megatron_sip.teacher.http.config import HttpOptions
 from megatron_sip.teacher.http.endpoints import EndpointPool, Outcome
 from megatron_sip.teacher.http.failures import Failure, retry_after
-from megatron_sip.teacher.http.greeting import complaints
+from megatron_sip.teacher.http.greeting import complaints, greet
 from megatron_sip.teacher.http.limits import backoff_s
 from megatron_sip.teacher.http.reply import Reply
 from tests.teacher.http.server import FaultServer
@@ -305,6 +305,30 @@ def test_bodies_are_made_when_their_turn_has_come():
     with FaultServer(fault=lambda number: "slow 0.5" if number < 3 else "") as server:
         assert asyncio.run(run(server)) == 3
     assert sorted(made) == list(range(50))
+
+
+def test_a_role_is_served_by_any_endpoint_that_may_answer_and_by_none_that_cannot():
+    with FaultServer() as server:
+        options = HttpOptions(judge_endpoints=(server.url,), judge_served_model="m", judge_start_wait_s=0.0)
+        dead, nowhere = dead_url(), dead_url()
+        roles = {"quality": 1, "rewriter": 1}
+        assert greet(options, roles, "").unserved == ()
+        assert greet(replace(options, judge_endpoints=(dead, server.url)), roles, "").unserved == ()
+        # The rewriter alone is asked elsewhere, at two servers that are not there: they may come.
+        own = {"rewriter.endpoints": [dead, nowhere]}
+        found = greet(replace(options, judge_settings=own), roles, "")
+        assert [line.split()[2] for line in found.unserved] == [dead, nowhere] and found.may_come
+        # Another model does not become ours by waiting; next to a server that may come it is waited for.
+        wrong = {"rewriter.model": "large"}
+        assert not greet(replace(options, judge_settings=wrong), roles, "").may_come
+        both = {**wrong, "rewriter.endpoints": [server.url, dead]}
+        found = greet(replace(options, judge_settings=both), roles, "")
+        assert found.may_come and "serves m, not large" in found.unserved[0]
+        for status, served, may_come in ((401, 0, False), (403, 1, False), (429, 1, False), (503, 0, True)):
+            server.models_status = status
+            found = greet(options, {"quality": 1}, "")
+            assert len(found.unserved) == 1 - served and len(found.complaints) == 1
+            assert served or found.may_come == may_come
 
 
 def test_lone_surrogates_do_not_stop_a_request():
