@@ -43,9 +43,11 @@ def judge_scalars(context: ParallelContext, verdicts: Verdicts) -> dict[str, flo
         scalars["judge/headroom_s"] = verdicts.headroom_s
     if verdicts.num_pauses:
         scalars.update({"judge/pauses": float(verdicts.num_pauses), "judge/paused_s": verdicts.paused_s})
-    if sums["remote_requests"]:
-        scalars.update({f"judge/{name}": sums[f"remote_{name}"] for name in REMOTE_COUNTS})
-    if sums["remote_requests"] or sums["failures"]:
+    # Steps overlap: the attempts of a step's requests may fall into another one's counts than the requests.
+    remote = {f"judge/{name}": sums[f"remote_{name}"] for name in REMOTE_COUNTS}
+    if any(remote.values()):
+        scalars.update(remote)
+    if any(remote.values()) or sums["failures"]:
         scalars.update({f"judge/failures_{kind}": sums[f"failures_{kind}"] for kind in KINDS})
     if sums["both_orders"]:
         scalars["judge/position_flip_rate"] = sums["flips"] / sums["both_orders"]

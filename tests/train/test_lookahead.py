@@ -224,7 +224,7 @@ def test_faults_of_every_kind_and_one_of_three_endpoints_dead_change_no_verdict(
     # what was counted on the way is in the record of whichever ended first.
     assert answered == 3 * CALLS and met == {"ok", *FAULTS}
     total = {name: sum(record.get(f"judge/{name}", 0) for record in records) for name in ("requests", "attempts")}
-    assert total["requests"] == 3 * CALLS and total["attempts"] > served
+    assert total["requests"] == 3 * CALLS and total["attempts"] >= served + 3  # until its breaker opened
 
 
 @contextmanager
