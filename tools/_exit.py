@@ -26,3 +26,8 @@ def one_line(tool: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{tool}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def warn(text: str) -> None:
+    """A line beside the output."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -48,9 +48,10 @@ from megatron_sip.files import write_bytes
 from megatron_sip.observability.progress import Progress
 from megatron_sip.teacher.build import build_judge
 from megatron_sip.teacher.config import TeacherConfig
-from megatron_sip.teacher.http.greeting import complaints
+from megatron_sip.teacher.http.waiting import await_servers
 from megatron_sip.teacher.interfaces import Judge, JudgeGroup, ModelSource, Passage, Question
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from tools._exit import warn
 
 _BATCH = 256
 _FIELDS = {
@@ -186,8 +187,7 @@ async def measure(options: BenchOptions, models: ModelSource | None) -> tuple[di
     examples = Examples(options, tokenizer)
     if options.teacher.teacher == "http":
         key = os.environ.get(options.teacher.judge_api_key_env, "")
-        for line in complaints(options.teacher, {examples.criterion: 1}, key):
-            print(f"warning: {line}", file=sys.stderr)
+        await_servers(options.teacher, {examples.criterion: 1}, key, warn)
     judge, remote = build_judge(options.teacher, examples.criterion, tokenizer.fingerprint, models)
     about = {"criterion": examples.criterion, "examples": options.examples, **asdict(judge.identity())}
     if examples.criterion == "factuality":

@@ -33,9 +33,10 @@ from megatron_sip.errors import ConfigurationError, DataError, SIPError
 from megatron_sip.teacher.build import build_teacher
 from megatron_sip.teacher.config import TeacherConfig
 from megatron_sip.teacher.http.failures import REJECTED, SERVER, TRANSPORT, kind_of
-from megatron_sip.teacher.http.greeting import complaints
+from megatron_sip.teacher.http.waiting import await_servers
 from megatron_sip.teacher.interfaces import Passage, RewriteItem, RewriteRequest
 from megatron_sip.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from tools._exit import warn
 
 _ASK_AGAIN = (TRANSPORT, SERVER, REJECTED)
 """Of the servers and of how they are asked: a wrong key or model name is mended, and the chunk is asked again."""
@@ -77,8 +78,7 @@ def main() -> None:
     try:
         options = load(RewriteOptions, sys.argv[1:], prog="rewrite_corpus.py")
         roles = options.teacher.http_roles(judging=False)
-        for line in complaints(options.teacher, roles, os.environ.get(options.teacher.judge_api_key_env, "")):
-            print(f"warning: {line}", file=sys.stderr)
+        await_servers(options.teacher, roles, os.environ.get(options.teacher.judge_api_key_env, ""), warn)
         counts = asyncio.run(rewrite(options))
     except (SIPError, OSError) as error:
         sys.exit(f"error: {error}")

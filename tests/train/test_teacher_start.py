@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sip.errors import ConfigurationError, JudgeError
 from megatron_sip.teacher.config import TeacherConfig
-from megatron_sip.train import teacher_start
+from megatron_sip.teacher.http import waiting
 from megatron_sip.train.teacher_link import TeacherLink
 from megatron_sip.train.teacher_start import await_servers, diagnosis
 from tests.teacher.http.server import FaultServer
@@ -47,7 +47,7 @@ def test_servers_that_are_there_are_not_waited_for_and_a_dead_one_beside_them_is
 def test_without_any_server_the_run_ends_at_once_or_after_the_wait_with_endpoint_reason_and_remedy(
     gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_start, "_ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(waiting, "_ASK_EVERY_S", 0.1)
     for wait_s in (0.0, 0.5):
         with pytest.raises(JudgeError) as met:
             start(teacher(gone, judge_start_wait_s=wait_s))
@@ -65,8 +65,8 @@ def test_another_model_is_an_error_however_long_one_would_wait() -> None:
 def test_a_server_that_comes_late_is_waited_for_with_a_line_every_minute(
     gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_start, "_ASK_EVERY_S", 0.05)
-    monkeypatch.setattr(teacher_start, "_SAY_EVERY_S", 0.2)
+    monkeypatch.setattr(waiting, "_ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(waiting, "_SAY_EVERY_S", 0.2)
     with FaultServer() as server:
         server.models_status = 503  # as a gateway says while vLLM loads
         said: list[str] = []
