@@ -230,13 +230,16 @@ def test_faults_of_every_kind_and_one_of_three_endpoints_dead_change_no_verdict(
 @contextmanager
 def outage(server: FaultServer, after: int, seconds: float) -> Iterator[None]:
     """The server goes away once it has been asked ``after`` times, for ``seconds`` or, if 0, for good."""
-    over = threading.Event()
+    over, back = threading.Event(), threading.Event()
+    # None beyond these is answered, however late the thread comes that stops the server.
+    server.fault = lambda number: "reset" if number >= after and not back.is_set() else ""
 
     def cut() -> None:
         while len(server.seen) < after and not over.is_set():
             time.sleep(0.01)
         server.stop()
         if seconds and not over.wait(seconds):
+            back.set()
             server.start_again()
 
     thread = threading.Thread(target=cut)
