@@ -45,6 +45,12 @@ POLICY = {
     "-strong": {"lr": 1e-3, "curriculum": "ntp=0.25,rollout=0.75:100"},
 }
 """How hard the policies are trained on their judge's verdicts."""
+COMPARISONS = {
+    "": [],
+    "-cut": ["--cut-to-shorter"],
+    "-cut-plain": ["--cut-to-shorter", "--quality-judge", "plain"],
+}
+"""How two policies are compared: by ``robust`` as they end, at equal lengths, and so by the plain log-probability."""
 GRPO = {"lr": 3e-4, "lr_decay_style": "constant", "weight_decay": 0, "prompt_length": 80, "rollout_batch_size": 512}
 
 
@@ -195,10 +201,10 @@ class Bench:
         saved = {name: self._policy(name + strength, start, judge, strength) for name, judge in arms.items()}
         saved["start"] = start
         for baseline in ("by-coin", "start"):
-            for cut in ("", "-cut"):
-                output = self.arms / f"against-{baseline}{strength}{cut}.json"
+            for name, flags in COMPARISONS.items():
+                output = self.arms / f"against-{baseline}{strength}{name}.json"
                 if not output.exists():
-                    self._compare(saved["by-judge"], saved[baseline], output, ["--cut-to-shorter"] if cut else [])
+                    self._compare(saved["by-judge"], saved[baseline], output, flags)
 
     def _compare(self, checkpoint: Path, baseline: Path, output: Path, more: list[str]) -> None:
         run(

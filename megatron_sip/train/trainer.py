@@ -126,7 +126,8 @@ class Trainer:
             self._runner.sync_rollouts()
         elapsed_s = time.perf_counter() - started
         scalars = {**queued, **self._scalars(prepared.plan, outcome, elapsed_s)}
-        scalars.update(self._measure_timed())
+        with self._saved_if_rollouts_end(step_is_done=True):
+            scalars.update(self._measure_timed())
         self._step += 1
         self._record.step(self._step, prepared.plan.phase, outcome, scalars, self._consumed, elapsed_s)
 

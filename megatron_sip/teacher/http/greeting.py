@@ -1,5 +1,5 @@
 """Asks each endpoint for its list of models before training: what is wrong is then said at once, and not after the
-time-outs of the first questions. ``train.teacher_start`` waits for servers that are still starting, and refuses a role
+time-outs of the first questions. ``waiting`` waits for servers that are still starting, and refuses a role
 that nobody can serve."""
 
 from __future__ import annotations
